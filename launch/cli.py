@@ -1,0 +1,60 @@
+"""`mmdit`: one command a stage. Commands are imported when they are asked for, so that help answers at once."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+
+import click
+
+from stack.config import UserError
+
+COMMANDS = {
+    "demo": "Draw, train, sample and evaluate a small model, and write a report.",
+    "data": "Make and index shards.",
+    "preencode": "Encode captioned images into latents and text embeddings.",
+    "train": "Train an autoencoder or an MM-DiT.",
+    "sample": "Draw images for prompts from a run.",
+    "evaluate": "Validation loss and accuracy of a run.",
+    "export": "Write a run's averaged weights for others to read.",
+    "model": "List the model presets with parameters and FLOPs.",
+}
+
+
+class LazyGroup(click.Group):
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in COMMANDS:
+            return None
+        return importlib.import_module(f"launch.{name}").command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
+@click.version_option(package_name="mmdit-stack")
+def group() -> None:
+    """Train text-to-image models: shards, pre-encoding, an MM-DiT rectified-flow trainer, sampling, evaluation."""
+
+
+def main() -> None:
+    """Entry point: a user's mistake is one line and exit code 2, never a traceback."""
+    from launch.environment import set_defaults
+
+    set_defaults()
+    try:
+        group()
+    except (UserError, FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError) as error:
+        click.echo(f"mmdit: {' '.join(str(error).split())}", err=True)
+        # Interpreter shutdown would wait for a process group whose other ranks are gone.
+        sys.stderr.flush()
+        os._exit(2)
+
+
+if __name__ == "__main__":
+    main()

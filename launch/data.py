@@ -1,0 +1,56 @@
+"""`mmdit data`: make and index shards."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+
+@click.group("data")
+def command() -> None:
+    """Make and index shards."""
+
+
+@command.command()
+@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("overrides", nargs=-1)
+def synth(out: Path, overrides: tuple[str, ...]) -> None:
+    """Write shards of drawn scenes with captions into OUT.
+
+    OVERRIDES are keys of the scenes' settings: num_samples=12000 resolution=32 seed=0. The held-out combinations of
+    colour and shape never appear.
+    """
+    from stack import config as configuration
+    from stack.data.synthetic import HELD_OUT, SynthConfig, write_shards
+    from stack.log import progress
+
+    config = configuration.load(SynthConfig, overrides=overrides)
+    with progress("synth", config.num_samples, "sample") as advance:
+        done = 0
+
+        def report(count: int) -> None:
+            nonlocal done
+            advance(count - done)
+            done = count
+
+        write_shards(out, config, report)
+    pairs = ", ".join(f"{colour} {kind}" for colour, kind in HELD_OUT)
+    click.echo(f"{out}: {config.num_samples:,} scenes; held out: {pairs}")
+
+
+@command.command()
+@click.argument("shards")
+@click.option("--cache", type=click.Path(path_type=Path), help="Folder for the indices; beside the shards if not given.")
+def index(shards: str, cache: Path | None) -> None:
+    """Index SHARDS (a folder, a .tar or a glob) and say what is in them."""
+    from stack.data.shards import find_shards, index_shards
+    from stack.log import progress
+
+    with progress("index", len(find_shards(shards)), "shard") as advance:
+        indices = index_shards(shards, cache, lambda done, total: advance(1))
+    for found in indices:
+        problems = "".join(f"\n  {r.key}: {r.reason}" for r in found.rejected)
+        damage = f"\n  {found.damage}" if found.damage else ""
+        click.echo(f"{found.path}: {len(found):,} samples, {len(found.rejected)} left out{damage}{problems}")
+    click.echo(f"{sum(map(len, indices)):,} samples in {len(indices)} shards")

@@ -1,0 +1,108 @@
+"""Who am I: a process that is alone, or one of several that `--ranks N` started here."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+
+import click
+
+# glibc gives freed memory back to the kernel at once and a training step then spends its time on page faults:
+# keep what was used. Read by malloc at start-up, so they are set for processes that are started from here.
+MALLOC = {
+    "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
+    "MALLOC_TRIM_THRESHOLD_": str(8 << 30),
+    "MALLOC_TOP_PAD_": str(256 << 20),
+}
+
+
+def set_defaults() -> None:
+    """Quiet defaults of the libraries that are asked for nothing here."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("DO_NOT_TRACK", "1")
+
+
+def is_rank() -> bool:
+    """Whether a launcher has already said which rank this process is."""
+    return "RANK" in os.environ
+
+
+def spawn(arguments: Sequence[str], ranks: int) -> int:
+    """Run `mmdit ARGUMENTS` as `ranks` processes on this machine and wait; the exit code of the first that failed.
+
+    When one ends with an error the others are ended too, so that none waits in a collective for ever.
+    """
+    from stack.dist import VARIABLES, free_port
+
+    port = free_port()
+    threads = max(1, (os.cpu_count() or 1) // ranks)
+    processes = []
+    outputs = [None, *(tempfile.TemporaryFile() for _ in range(ranks - 1))]
+    for rank in range(ranks):
+        values = (str(rank), str(ranks), str(rank), "127.0.0.1", str(port))
+        environment = {**os.environ, **dict(zip(VARIABLES, values, strict=True))}
+        environment.setdefault("OMP_NUM_THREADS", str(threads))
+        environment = {**MALLOC, **environment}
+        processes.append(
+            subprocess.Popen(
+                [sys.executable, "-m", "launch.cli", *arguments],
+                env=environment,
+                stdout=outputs[rank],
+                stderr=outputs[rank],
+            )
+        )
+    failed = _wait(processes)
+    if failed is None:
+        return 0
+    output = outputs[failed]
+    if output is not None and processes[failed].returncode not in (85, -15):
+        output.seek(0)
+        tail = output.read().decode(errors="replace").splitlines()[-20:]
+        click.echo("\n".join(f"[rank {failed}] {line}" for line in tail), err=True)
+    code = processes[failed].returncode
+    return code if code > 0 else 128 - code
+
+
+def _wait(processes: list[subprocess.Popen[bytes]]) -> int | None:
+    """The rank that failed first, None if all ended well. A signal to this process is passed on to the ranks."""
+    import signal
+
+    passed_on = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+    before = {
+        s: signal.signal(s, lambda number, _: [p.send_signal(number) for p in processes if p.poll() is None])
+        for s in passed_on
+    }
+    failed: int | None = None
+    try:
+        while any(p.poll() is None for p in processes):
+            for rank, process in enumerate(processes):
+                if process.poll() not in (None, 0) and failed is None:
+                    failed = rank
+                    _end([p for p in processes if p.poll() is None], grace=20 if process.returncode == 85 else 5)
+            time.sleep(0.05)
+        codes = [p.returncode for p in processes]
+        if failed is None:
+            failed = next((rank for rank, code in enumerate(codes) if code), None)
+        return failed
+    except KeyboardInterrupt:
+        _end(processes, grace=5)
+        raise
+    finally:
+        for s, handler in before.items():
+            signal.signal(s, handler)
+
+
+def _end(processes: list[subprocess.Popen[bytes]], grace: float) -> None:
+    """Wait a little for processes that are ending by themselves, then terminate, then kill."""
+    deadline = time.monotonic() + grace
+    while time.monotonic() < deadline and any(p.poll() is None for p in processes):
+        time.sleep(0.05)
+    for process in processes:
+        if process.poll() is None:
+            process.kill()

@@ -1,0 +1,22 @@
+"""`mmdit export`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+
+@click.command("export")
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="A new folder.")
+@click.option("--step", type=int, help="Snapshot of this training step; the newest if not given.")
+@click.option("--samples", default=2048, show_default=True, help="Images for an autoencoder's latent statistics.")
+def command(run: Path, out: Path, step: int | None, samples: int) -> None:
+    """Write the averaged weights of RUN: an MM-DiT as safetensors with its config, an autoencoder as a diffusers folder
+    whose scale and shift are measured on the training images."""
+    from stack.export.weights import export
+
+    facts = export(run, out, step, samples)
+    click.echo(f"{out}: {json.dumps(facts)}")

@@ -1,0 +1,63 @@
+"""`mmdit sample`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+
+@click.command("sample")
+@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("prompt", required=False)
+@click.option("--prompts", type=click.Path(path_type=Path), help="A text file, one prompt a line: a grid is drawn.")
+@click.option("-o", "--out", type=click.Path(path_type=Path), default=Path("sample.png"), show_default=True)
+@click.option("--steps", default=20, show_default=True, help="Solver steps.")
+@click.option("--solver", type=click.Choice(["euler", "heun"]), default="euler", show_default=True)
+@click.option("--guidance", default=4.0, show_default=True, help="Classifier-free guidance; 1 is none.")
+@click.option("--shift", default=1.0, show_default=True, help="Resolution shift of the time grid.")
+@click.option("--seed", default=0, show_default=True)
+@click.option("--size", default="32x32", show_default=True, help="WIDTHxHEIGHT in pixels.")
+@click.option("--step", type=int, help="Snapshot of this training step; the newest if not given.")
+def command(
+    run: Path,
+    prompt: str | None,
+    prompts: Path | None,
+    out: Path,
+    steps: int,
+    solver: str,
+    guidance: float,
+    shift: float,
+    seed: int,
+    size: str,
+    step: int | None,
+) -> None:
+    """Draw an image for PROMPT (or a grid for a file of prompts) with the averaged weights of RUN."""
+    import numpy as np
+    from PIL import Image
+
+    from stack import dist
+    from stack.config import UserError, validate
+    from stack.evaluate.sample import load_sampler
+    from stack.log import publish
+    from stack.train.pictures import contact_sheet
+    from stack.train.sampler import SamplerConfig
+
+    if (prompt is None) == (prompts is None):
+        raise UserError("give either a PROMPT or --prompts FILE")
+    width, cross, height = size.partition("x")
+    if not (cross and width.isdigit() and height.isdigit()):
+        raise UserError(f"--size {size!r} is not of the form WIDTHxHEIGHT")
+    texts = [prompt] if prompt is not None else []
+    if prompts is not None:
+        texts = [line.strip() for line in prompts.read_text().splitlines() if line.strip()]
+    if not texts:
+        raise UserError(f"{prompts}: holds no prompt")
+    values = {"solver": solver, "steps": steps, "guidance": guidance, "shift": shift}
+    config = validate(SamplerConfig, values, "options")
+    sampler, snap = load_sampler(run, dist.device(), step)
+    images = sampler.from_prompts(texts, (int(width), int(height)), config, seed)
+    picture = contact_sheet(images, texts) if prompts is not None else Image.fromarray(np.asarray(images[0]))
+    with publish(out) as temporary:
+        picture.save(temporary, format=Image.registered_extensions().get(out.suffix.lower(), "PNG"))
+    click.echo(f"{out}: {len(texts)} image{'s' * (len(texts) > 1)}, snapshot of step {snap.step}")

@@ -1,0 +1,52 @@
+"""`mmdit train`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+
+
+@click.command("train")
+@click.argument("config", type=click.Path(path_type=Path))
+@click.argument("overrides", nargs=-1)
+@click.option("--ranks", default=1, show_default=True, help="Processes to start on this machine.")
+@click.option("--dry-run", is_flag=True, help="Check everything, print the resolved configuration, train nothing.")
+def command(config: Path, overrides: tuple[str, ...], ranks: int, dry_run: bool) -> None:
+    """Train what CONFIG describes, or go on with it where its run folder has checkpoints.
+
+    OVERRIDES are dotted keys: optim.lr=1e-4 run.dir=runs/x. Exit code 85: asked to stop by a signal, saved; the same
+    command goes on.
+    """
+    from launch import environment
+    from stack import config as configuration
+    from stack.train.recipe import TrainConfig
+
+    if ranks < 1:
+        raise click.BadParameter("at least 1", param_hint="--ranks")
+    resolved = configuration.load(TrainConfig, config, overrides)
+    if ranks > 1 and not environment.is_rank() and not dry_run:
+        sys.exit(environment.spawn(["train", str(config), *overrides], ranks))
+
+    from stack import dist
+    from stack.train.guard import NonFiniteError
+    from stack.train.loop import train
+    from stack.train.preempt import EXIT_CODE
+    from stack.train.recipe import build
+
+    if dry_run:
+        data, objective = build(resolved, dist.device())
+        count = sum(p.numel() for p in objective.network.parameters())
+        click.echo(configuration.dump(resolved))
+        click.echo(f"{count:,} parameters, {data.num_samples:,} training samples", err=True)
+        return
+    dist.init()
+    try:
+        finished = train(resolved)
+    except NonFiniteError as error:
+        click.echo(f"mmdit: {error}", err=True)
+        sys.exit(1)
+    dist.shutdown()
+    if not finished:
+        sys.exit(EXIT_CODE)

@@ -1,0 +1,1 @@
+"""Library of the text-to-image training stack: no argument parsing, no cluster."""

@@ -1,0 +1,151 @@
+"""Configuration: YAML files with `base:` inheritance, dotted overrides, strict validation, dump and fingerprint.
+
+Every component owns its typed section next to its class (a subclass of `Config`); this module only loads them.
+Order of precedence: defaults < base files < the file itself < dotted overrides.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import typing
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pydantic
+import yaml
+
+
+class UserError(ValueError):
+    """A mistake that the user can mend. The command line prints it as one line and exits with code 2."""
+
+
+class Config(pydantic.BaseModel):
+    """Base of all configuration sections: frozen, and an unknown key is an error at every level."""
+
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+C = TypeVar("C", bound=Config)
+
+
+def load(schema: type[C], path: str | Path | None = None, overrides: Sequence[str] = ()) -> C:
+    """Read `path` (and the files it names under `base:`), apply `a.b=value` overrides, validate.
+
+    Raises UserError naming the file or key, and the nearest known key for an unknown one.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    merged = _read(Path(path).resolve(), ()) if path is not None else OmegaConf.create({})
+    for override in overrides:
+        key, equals, _ = override.partition("=")
+        if not equals or not key:
+            raise UserError(f"override {override!r} is not of the form key.subkey=value")
+        try:
+            # A section is replaced by a section key by key, a plain value by a section as a whole.
+            merged = OmegaConf.merge(merged, OmegaConf.from_dotlist([override]))
+        except (OmegaConfBaseException, yaml.YAMLError) as error:
+            raise UserError(f"override {override!r}: {_first_line(error)}") from None
+    source = str(path) if path is not None else "overrides"
+    return validate(schema, OmegaConf.to_container(merged, resolve=False), source)
+
+
+def _read(path: Path, above: tuple[Path, ...]) -> Any:
+    from omegaconf import OmegaConf
+
+    if path in above:
+        raise UserError(f"{path}: `base:` goes round in a circle: {' -> '.join(map(str, (*above, path)))}")
+    try:
+        own = OmegaConf.load(path)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such configuration file") from None
+    except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as YAML: {_first_line(error)}") from None
+    if not OmegaConf.is_dict(own):
+        raise UserError(f"{path}: expected key: value pairs at the top level")
+    bases = own.pop("base", [])
+    merged = OmegaConf.create({})
+    for base in [bases] if isinstance(bases, str) else bases:
+        merged = OmegaConf.merge(merged, _read((path.parent / base).resolve(), (*above, path)))
+    return OmegaConf.merge(merged, own)
+
+
+def validate(schema: type[C], values: Any, source: str) -> C:
+    """Check `values` against `schema`; UserError lists every wrong key in one line, with `source` in front."""
+    try:
+        return schema.model_validate(values)
+    except pydantic.ValidationError as error:
+        problems = [_explain(schema, e["loc"], e["type"], e["msg"], e.get("input")) for e in error.errors()]
+        raise UserError(f"{source}: {'; '.join(problems)}") from None
+
+
+def _explain(schema: type[Config], location: tuple[Any, ...], kind: str, message: str, value: Any) -> str:
+    name = ".".join(str(part) for part in location if not _is_tag(schema, location, part))
+    if kind == "extra_forbidden":
+        known = sorted(_known_keys(schema, location[:-1]))
+        near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
+        return f"unknown key {name!r}, {hint}"
+    if kind == "missing":
+        return f"key {name!r} is missing"
+    shown = f" (got {value!r})" if isinstance(value, str | int | float | bool | type(None)) else ""
+    return f"{name or 'values'}: {message.removeprefix('Value error, ')}{shown}"
+
+
+def _models(annotation: Any) -> list[type[Config]]:
+    """The Config classes an annotation can hold (unions, optionals, lists, dictionaries)."""
+    if isinstance(annotation, type) and issubclass(annotation, Config):
+        return [annotation]
+    if typing.get_origin(annotation) is typing.Annotated:
+        return _models(typing.get_args(annotation)[0])
+    return [model for argument in typing.get_args(annotation) for model in _models(argument)]
+
+
+def _descend(schema: type[Config], location: Iterable[Any]) -> list[type[Config]]:
+    """The sections that `location` (a pydantic error path, union tags included) can mean."""
+    models = [schema]
+    for part in location:
+        tagged = [m for m in models if _tag(m) == part]
+        fields = [m.model_fields[part].annotation for m in models if isinstance(part, str) and part in m.model_fields]
+        if fields:
+            models = [found for annotation in fields for found in _models(annotation)]
+        elif tagged:
+            models = tagged
+    return models
+
+
+def _tag(model: type[Config]) -> Any:
+    field = model.model_fields.get("kind")
+    return field.default if field is not None else None
+
+
+def _is_tag(schema: type[Config], location: tuple[Any, ...], part: Any) -> bool:
+    before = _descend(schema, location[: location.index(part)])
+    return any(_tag(m) == part for m in before) and not any(part in m.model_fields for m in before)
+
+
+def _known_keys(schema: type[Config], location: Iterable[Any]) -> set[str]:
+    return {key for model in _descend(schema, location) for key in model.model_fields}
+
+
+def _first_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+def dump(config: Config) -> str:
+    """The resolved configuration as YAML, every key written out."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def fingerprint(config: Config) -> str:
+    """sha256 of the canonical JSON of `config`."""
+    return fingerprint_of(config.model_dump(mode="json"))
+
+
+def fingerprint_of(values: Any) -> str:
+    """sha256 of the canonical JSON of `values`."""
+    canonical = json.dumps(values, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()

@@ -1,0 +1,1 @@
+"""Data: the sample contract, shards, the batch plan, data sets and drawn scenes."""

@@ -1,0 +1,82 @@
+"""Bytes → RGB image → the pixels of a bucket."""
+
+from __future__ import annotations
+
+import numpy as np
+from PIL import Image
+
+from stack.data.buckets import fit
+from stack.data.safety import DecodeError, open_image
+
+__all__ = ["DecodeError", "decode_image", "image_size", "to_bucket"]
+
+WHITE = (255, 255, 255)
+
+_EXIF_ORIENTATION = 0x0112
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_SWAPS_SIDES = {5, 6, 7, 8}
+
+
+def image_size(data: bytes) -> tuple[int, int]:
+    """(width, height) that `decode_image` gives, from the header alone. Raises DecodeError."""
+    image = open_image(data)
+    width, height = image.size
+    return (height, width) if _orientation(image) in _SWAPS_SIDES else (width, height)
+
+
+def decode_image(data: bytes, background: tuple[int, int, int] = WHITE) -> Image.Image:
+    """Decode the whole image to upright 8-bit RGB; what is transparent shows `background`.
+
+    A plain `convert("RGB")` drops alpha and uncovers whatever colour stands below it: black around most emoji, and
+    jagged edges. Grey of 16 bits is scaled to 8, not clipped.
+
+    Raises DecodeError if the header is refused (`safety.open_image`), or if the file is truncated or corrupt.
+    """
+    open_image_checked = open_image(data)
+    orientation = _orientation(open_image_checked)
+    try:
+        open_image_checked.verify()  # a PNG's check sums: the decoder alone lets some flipped bits through
+        image = _to_rgb(open_image(data), background)
+    except DecodeError:
+        raise
+    except Exception as error:  # Pillow's decoders raise nearly anything on hostile bytes
+        raise DecodeError(f"image not decodable: {' '.join(str(error).split()) or type(error).__name__}") from error
+    return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
+
+
+def to_bucket(image: Image.Image, bucket: tuple[int, int]) -> np.ndarray:
+    """Cover-resize (Lanczos) and centre crop to `bucket` = (width, height): uint8 [height, width, 3].
+
+    Only the cropped part is resized, so an extreme aspect ratio costs no memory.
+    """
+    (resized_width, resized_height), (left, top, right, bottom) = fit(image.width, image.height, bucket)
+    scale_x, scale_y = image.width / resized_width, image.height / resized_height
+    box = (left * scale_x, top * scale_y, min(right * scale_x, image.width), min(bottom * scale_y, image.height))
+    return np.array(image.resize(bucket, Image.Resampling.LANCZOS, box=box))
+
+
+def _to_rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
+    if image.mode.startswith("I"):
+        grey = (np.asarray(image).astype(np.uint32) + 128) // 257
+        return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    layer = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", layer.size, (*background, 255)), layer).convert("RGB")
+
+
+def _orientation(image: Image.Image) -> int:
+    if "exif" not in image.info:  # a PNG without it would be decoded whole to look for one behind the pixels
+        return 1
+    try:
+        return image.getexif().get(_EXIF_ORIENTATION, 1)
+    except Exception:  # a broken EXIF block says nothing against the pixels
+        return 1

@@ -1,0 +1,181 @@
+"""What may come out of a data file: decoders on an allow-list, checked names, checked image headers.
+
+Nothing here can run code from a shard. An extension that is not on the list is never decoded; one that is known to run
+code when loaded (a pickle, a Python module) makes its whole sample refused.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import struct
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from stack.config import UserError
+
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+FORBIDDEN_EXTENSIONS = frozenset({"pyd", "pkl", "pickle", "pth", "pt"})
+MAX_PIXELS = 64 * 2**20
+_IMAGE_FORMATS = ("JPEG", "PNG", "WEBP")
+_MAX_SAFETENSORS_HEADER = 100_000_000  # the format's own limit
+
+
+class DecodeError(ValueError):
+    """The bytes of a member are not what its extension says, or are broken, or are larger than allowed."""
+
+
+class Rejected(NamedTuple):
+    """A sample that is left out. `reason` is `kind` or `kind: detail`; `RejectLog` counts by kind."""
+
+    key: str
+    reason: str
+
+
+class RejectLog:
+    """Appends `{"shard", "key", "reason"}` lines to `path` (rejected.jsonl) and counts the reasons by their kind.
+
+    The file appears with the first rejected sample. Each line is one write in append mode, so processes may share it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.counts: Counter[str] = Counter()
+
+    @property
+    def num_rejected(self) -> int:
+        return self.counts.total()
+
+    def add(self, shard: str, key: str, reason: str) -> None:
+        self.counts[reason.partition(":")[0]] += 1
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"shard": shard, "key": key, "reason": reason}) + "\n")
+
+
+def check_source(source: str) -> None:
+    """Raise UserError if `source`, a path or URL of shards, asks for a pipe, a chained URL or shell expansion."""
+    if source.startswith("pipe:"):
+        raise UserError(f"{source!r}: pipe: runs a shell and is refused; name a file, a folder or a URL")
+    for token in ("::", "${", "$(", "`"):
+        if token in source:
+            raise UserError(f"{source!r}: {token!r} is not expanded here; write the path or URL out")
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """WebDataset's convention: the key runs to the first dot of the base name, the rest in lower case is the extension.
+
+    >>> split_name("cats/0001.seg.PNG")
+    ('cats/0001', 'seg.png')
+    """
+    folder, slash, base = name.removeprefix("./").rpartition("/")
+    stem, _, extension = base.partition(".")
+    return folder + slash + stem, extension.lower()
+
+
+def refuse_name(name: str) -> str:
+    """Why a member of this name is refused, or "" if its name is harmless."""
+    parts = re.split(r"[/\\]", name)
+    if parts[0] == "" or ".." in parts or re.fullmatch(r"[A-Za-z]:", parts[0]):
+        return "path outside the archive"
+    extension = name.rpartition(".")[2].lower()
+    return f"forbidden member: .{extension} can run code" if extension in FORBIDDEN_EXTENSIONS else ""
+
+
+def open_image(data: bytes) -> Image.Image:
+    """Read an image's header, not its pixels.
+
+    Raises DecodeError on another format than JPEG, PNG or WebP, whatever the extension says, and above `MAX_PIXELS`
+    (Pillow only warns up to 179 megapixels).
+    """
+    try:
+        image = Image.open(io.BytesIO(data), formats=_IMAGE_FORMATS)
+    except Exception as error:  # Pillow's plugins raise nearly anything on hostile bytes
+        raise DecodeError(f"image not readable: {_say(error)}") from error
+    if image.width * image.height > MAX_PIXELS:
+        raise DecodeError(f"image too large: {image.width}×{image.height} pixels")
+    return image
+
+
+def read_caption(data: bytes) -> str:
+    """The caption in a .txt member, stripped. Raises DecodeError if it is empty or not UTF-8."""
+    try:
+        caption = data.decode("utf-8").strip()
+    except UnicodeDecodeError as error:
+        raise DecodeError(f"caption not UTF-8: {error.reason}") from None
+    if not caption:
+        raise DecodeError("empty caption")
+    return caption
+
+
+def read_safetensors_shapes(head: bytes, size: int) -> dict[str, tuple[int, ...]]:
+    """Name → shape of a safetensors member of `size` bytes, from its first bytes.
+
+    `head` holds the header at least: 8 bytes of length N, then N bytes of JSON. Raises DecodeError if the header is
+    broken or the tensors do not fill the member to its last byte.
+    """
+    try:
+        (length,) = struct.unpack("<Q", head[:8])
+        header = json.loads(head[8 : 8 + length])
+        tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
+        shapes = {name: tuple(map(int, entry["shape"])) for name, entry in tensors.items()}
+        end = 8 + length + max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
+    except Exception as error:
+        raise DecodeError(f"safetensors not readable: {_say(error)}") from None
+    if not all(0 <= side < 2**31 for shape in shapes.values() for side in shape):
+        raise DecodeError(f"safetensors not readable: shapes {shapes}")
+    if end != size:
+        raise DecodeError(f"safetensors not readable: header tells of {end} bytes, the member has {size}")
+    return shapes
+
+
+def safetensors_header_size(head: bytes) -> int:
+    """Bytes to read for `read_safetensors_shapes`, from a member's first 8."""
+    length = int.from_bytes(head[:8], "little")
+    return 8 + min(length, _MAX_SAFETENSORS_HEADER)
+
+
+def _read_safetensors(data: bytes) -> dict[str, Any]:
+    from safetensors.torch import load
+
+    return load(data)
+
+
+def _read_npy(data: bytes) -> np.ndarray:
+    # Not np.load: that also opens zip archives and, if asked, pickles.
+    return np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
+
+
+DECODERS: dict[str, Callable[[bytes], Any]] = {
+    **dict.fromkeys(IMAGE_EXTENSIONS, open_image),
+    "txt": read_caption,
+    "json": json.loads,
+    "safetensors": _read_safetensors,
+    "npy": _read_npy,
+}
+
+
+def decode(extension: str, data: bytes) -> Any:
+    """Decode a member by its extension: an image (header only), str, JSON value, dict of tensors or array.
+
+    Raises DecodeError if the extension is not in `DECODERS` or the data do not decode.
+    """
+    if extension not in DECODERS:
+        raise DecodeError(f"no decoder for .{extension}; known: {', '.join(DECODERS)}")
+    try:
+        return DECODERS[extension](data)
+    except DecodeError:
+        raise
+    except Exception as error:  # hostile bytes: RecursionError, MemoryError, struct.error, …
+        raise DecodeError(f"{extension} not readable: {_say(error)}") from error
+
+
+def _say(error: Exception) -> str:
+    # Pillow's "cannot identify image file <_io.BytesIO object at 0x…>" would differ from run to run.
+    return re.sub(r" <_io\.BytesIO.*?>", "", " ".join(str(error).split())) or type(error).__name__

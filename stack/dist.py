@@ -1,0 +1,106 @@
+"""The process group: who am I, and the few collectives that the stack uses.
+
+The five variables RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT are set before `init` (by launch, or
+`single_process` for one process); nothing here guesses them.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from contextlib import closing
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as tdist
+
+VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+def free_port() -> int:
+    with closing(socket.socket()) as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def single_process() -> dict[str, str]:
+    """The five variables of a process that is alone."""
+    values = ("0", "1", "0", "127.0.0.1", str(free_port()))
+    return dict(zip(VARIABLES, values, strict=True))
+
+
+def init(timeout_minutes: float = 30) -> None:
+    """Join the process group named by the environment (gloo on a CPU, nccl on GPUs)."""
+    if tdist.is_initialized():
+        return
+    if "RANK" not in os.environ:
+        os.environ.update(single_process())
+    missing = [name for name in VARIABLES if name not in os.environ]
+    if missing:
+        raise RuntimeError(f"the launcher did not set {', '.join(missing)}")
+    if device().type == "cuda":
+        torch.cuda.set_device(device())
+    backend = "nccl" if device().type == "cuda" else "gloo"
+    tdist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
+
+
+def shutdown() -> None:
+    if tdist.is_initialized():
+        tdist.destroy_process_group()
+
+
+def rank() -> int:
+    return tdist.get_rank() if tdist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return tdist.get_world_size() if tdist.is_initialized() else 1
+
+
+def device() -> torch.device:
+    """The accelerator of this process, or the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
+def barrier() -> None:
+    if world_size() > 1:
+        tdist.barrier()
+
+
+def mean(values: list[float]) -> list[float]:
+    """The mean over ranks of each value (float64, so that order of ranks is all that can matter)."""
+    if world_size() == 1:
+        return values
+    buffer = torch.tensor(values, dtype=torch.float64, device=device())
+    tdist.all_reduce(buffer)
+    return (buffer / world_size()).tolist()
+
+
+def any_rank(flag: bool) -> bool:
+    """True on all ranks if `flag` is true on one."""
+    if world_size() == 1:
+        return flag
+    buffer = torch.tensor([int(flag)], device=device())
+    tdist.all_reduce(buffer, op=tdist.ReduceOp.MAX)
+    return bool(buffer.item())
+
+
+def broadcast(value: Any) -> Any:
+    """Rank 0's `value` on every rank."""
+    if world_size() == 1:
+        return value
+    box = [value]
+    tdist.broadcast_object_list(box, src=0, device=device())
+    return box[0]
+
+
+def all_gather(value: Any) -> list[Any]:
+    """Every rank's `value`, on every rank."""
+    if world_size() == 1:
+        return [value]
+    box: list[Any] = [None] * world_size()
+    tdist.all_gather_object(box, value)
+    return box

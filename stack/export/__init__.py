@@ -1,0 +1,1 @@
+"""Writing trained weights for others to read."""

@@ -1,0 +1,1 @@
+"""Rectified flow: the path, timesteps, noise, solvers and guidance. Pure functions, no networks."""

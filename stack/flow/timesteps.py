@@ -1,0 +1,97 @@
+"""Which t to train at (SD3, arXiv 2403.03206, §3.1 and §5.3.2).
+
+Sampling is the quantile function of a uniform u in (0, 1), so that t is a pure function of the noise plan's draw.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from pydantic import PositiveFloat, model_validator
+from torch import Tensor
+
+from stack.config import Config
+
+MAX_MODE_SCALE = 2 / (math.pi - 2)
+"""Beyond it f(u) of the mode density is not monotone (SD3, below eq. 20)."""
+
+
+class TimestepConfig(Config):
+    """The density of t, and the resolution shift applied to it.
+
+    `mean` and `std` are of logit_normal (in log-odds of t), `scale` of mode; `shift` is α of `shift_times`.
+    """
+
+    kind: Literal["logit_normal", "uniform", "mode", "cosmap"] = "logit_normal"
+    mean: float = 0.0
+    std: PositiveFloat = 1.0
+    scale: float = 1.29
+    shift: PositiveFloat = 1.0
+
+    @model_validator(mode="after")
+    def _check_scale(self) -> TimestepConfig:
+        if not -1 <= self.scale <= MAX_MODE_SCALE:
+            raise ValueError(f"scale of the mode density must lie in -1 … {MAX_MODE_SCALE:.4f}, got {self.scale}")
+        return self
+
+    def sample(self, u: Tensor) -> Tensor:
+        """t for uniform `u` in (0, 1), elementwise, in the dtype of `u`. `mode` runs from 1 down to 0 as u grows."""
+        if self.kind == "logit_normal":
+            t = torch.sigmoid(self.mean + self.std * torch.special.ndtri(u))
+        elif self.kind == "mode":
+            t = mode_quantile(u, self.scale)
+        elif self.kind == "cosmap":
+            t = 1 - 1 / (torch.tan(math.pi / 2 * u) + 1)
+        else:
+            t = u
+        return shift_times(t, self.shift)
+
+    def density(self, t: Tensor) -> Tensor:
+        """π(t) for t in (0, 1), elementwise: the density of what `sample` returns, shift included."""
+        unshifted = shift_times(t, 1 / self.shift)
+        if self.kind == "logit_normal":
+            z = (torch.logit(unshifted) - self.mean) / self.std
+            normal = torch.exp(-(z**2) / 2) / math.sqrt(2 * math.pi)
+            pi = normal / (self.std * unshifted * (1 - unshifted))
+        elif self.kind == "mode":
+            pi = _mode_density(unshifted, self.scale)
+        elif self.kind == "cosmap":
+            pi = 2 / (math.pi - 2 * math.pi * unshifted + 2 * math.pi * unshifted**2)
+        else:
+            pi = torch.ones_like(unshifted)
+        return pi * self.shift / (self.shift - (self.shift - 1) * t) ** 2
+
+
+def mode_quantile(u: Tensor, scale: float) -> Tensor:
+    """f(u; s) = 1 − u − s·(cos²(πu/2) − 1 + u) (SD3, eq. 20)."""
+    return 1 - u - scale * (torch.cos(math.pi / 2 * u) ** 2 - 1 + u)
+
+
+def _mode_density(t: Tensor, scale: float) -> Tensor:
+    """|d f⁻¹/dt|; f has no inverse in closed form, so halve the interval until float64 is used up."""
+    target = t.double()
+    low, high = torch.zeros_like(target), torch.ones_like(target)
+    for _ in range(53):
+        middle = (low + high) / 2
+        above = mode_quantile(middle, scale) > target
+        low, high = torch.where(above, middle, low), torch.where(above, high, middle)
+    slope = 1 + scale * (1 - math.pi / 2 * torch.sin(math.pi * (low + high) / 2))
+    return (1 / slope).to(t.dtype)
+
+
+def shift_times(t: Tensor, alpha: float) -> Tensor:
+    """t' = α·t/(1 + (α − 1)·t) (SD3, eq. 23): moves the log-SNR by −2·ln α. Its inverse is the shift by 1/α."""
+    return alpha * t / (1 + (alpha - 1) * t)
+
+
+def resolution_shift(num_pixels: float, reference: float) -> float:
+    """α = √(m/n) that gives m pixels (or tokens) the noise that n had at the same t (SD3, eq. 22)."""
+    return math.sqrt(num_pixels / reference)
+
+
+def flux_shift(num_image_tokens: int) -> float:
+    """FLUX's α = e^μ, with μ linear in the number of image tokens: .5 at 256, 1.15 at 4096."""
+    mu = 0.5 + (1.15 - 0.5) * (num_image_tokens - 256) / (4096 - 256)
+    return math.exp(mu)

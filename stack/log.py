@@ -1,0 +1,160 @@
+"""Rank-0 console, `metrics.jsonl` (the truth) and wandb (its mirror).
+
+Also how every file of this stack is published: written under a temporary name, then renamed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+from stack import dist
+from stack.config import Config
+
+
+class LogConfig(Config):
+    every: int = 10
+    """Steps between two lines of metrics."""
+    wandb: Literal["disabled", "offline", "online"] = "offline"
+    project: str = "mmdit"
+
+
+def say(message: str) -> None:
+    """One line on rank 0's standard error, whole even while a progress bar is drawn."""
+    if dist.rank() == 0:
+        from rich.console import Console
+
+        Console(stderr=True, highlight=False, soft_wrap=True).print(message, markup=False)
+
+
+@contextmanager
+def publish(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path`; on success it is renamed to `path` with mode 0644, else removed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def progress(description: str, total: int, unit: str, done: int = 0) -> Iterator[Any]:
+    """A function `advance(n, note="")` that moves a rich bar on a terminal and prints plain lines elsewhere."""
+    if dist.rank() != 0:
+        yield lambda n=1, note="": None
+        return
+    if sys.stderr.isatty():
+        yield from _bar(description, total, unit, done)
+    else:
+        yield from _lines(description, total, unit, done)
+
+
+def _bar(description: str, total: int, unit: str, done: int) -> Iterator[Any]:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = ("[bold]{task.description}", BarColumn(), MofNCompleteColumn(), "{task.fields[speed]}")
+    with Progress(
+        *columns, TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=Console(stderr=True)
+    ) as bar:
+        task = bar.add_task(description, total=total, completed=done, note="", speed="")
+
+        def advance(n: int = 1, note: str = "") -> None:
+            speed = bar.tasks[task].speed
+            bar.update(task, advance=n, note=note, speed=f"{speed:.1f} {unit}/s" if speed else "")
+
+        yield advance
+
+
+def _lines(description: str, total: int, unit: str, done: int) -> Iterator[Any]:
+    import time
+
+    began, first, last = time.monotonic(), done, time.monotonic()
+
+    def advance(n: int = 1, note: str = "") -> None:
+        nonlocal done, last
+        done += n
+        now = time.monotonic()
+        if now - last > 10 or done >= total:
+            last = now
+            speed = (done - first) / max(now - began, 1e-9)
+            left = (total - done) / max(speed, 1e-9)
+            say(f"{description} {done}/{total} {speed:.1f} {unit}/s, {left:.0f} s left  {note}".rstrip())
+
+    yield advance
+
+
+class Metrics:
+    """Writes one JSON object a line on rank 0; lines after `resume_step` are those of a lost future and are cut off."""
+
+    def __init__(self, run: Path, config: LogConfig, resume_step: int, run_id: str | None, values: dict[str, Any]):
+        self.path = run / "metrics.jsonl"
+        self.run_id = run_id
+        self._wandb: Any = None
+        if dist.rank() != 0:
+            return
+        kept = [line for line in read_metrics(run) if line["step"] <= resume_step]
+        with publish(self.path) as temporary:
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        self._file = self.path.open("a", buffering=1)
+        if config.wandb != "disabled":
+            self._start_wandb(run, config, values)
+
+    def _start_wandb(self, run: Path, config: LogConfig, values: dict[str, Any]) -> None:
+        try:
+            import wandb
+
+            (run / "wandb").mkdir(exist_ok=True)
+            self._wandb = wandb.init(
+                project=config.project,
+                name=run.name,
+                dir=run,
+                id=self.run_id,
+                resume="allow",
+                mode=config.wandb,
+                config=values,
+                settings=wandb.Settings(silent=True),
+            )
+            self._wandb.define_metric("*", step_metric="step")
+            self.run_id = self._wandb.id
+        except Exception as error:  # tracking must never end a run, whatever the service does
+            say(f"wandb is off: {error}")
+
+    def write(self, values: dict[str, Any]) -> None:
+        """Append one line; `values` holds "step"."""
+        if dist.rank() != 0:
+            return
+        self._file.write(json.dumps(values) + "\n")
+        if self._wandb is not None:
+            try:
+                self._wandb.log(values)
+            except Exception as error:
+                say(f"wandb is off from here: {error}")
+                self._wandb = None
+
+    def close(self) -> None:
+        if dist.rank() == 0:
+            self._file.close()
+            if self._wandb is not None:
+                self._wandb.finish(quiet=True)
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """All whole lines of a run's metrics.jsonl (a line cut off by a kill is passed over)."""
+    path = run / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    parsed = []
+    for line in lines:
+        try:
+            parsed.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return parsed

@@ -1,0 +1,1 @@
+"""Networks: MM-DiT, its presets and what it costs."""

@@ -1,0 +1,1 @@
+"""Layers: attention behind one function, norms, modulation, embeddings, rotary positions."""

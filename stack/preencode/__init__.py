@@ -1,0 +1,1 @@
+"""Encoding captioned images once, ahead of training."""

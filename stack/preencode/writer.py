@@ -1,0 +1,99 @@
+"""Writes one pre-encoded shard: NNNNN.tar, NNNNN.index.npz and, last, NNNNN_stats.json, each published by rename.
+
+A shard whose stats file stands is finished; whatever a kill leaves without it is done again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import webdataset
+
+from stack.data.schema import EncodedSample, sample_to_bytes
+from stack.data.shards import index_shards
+from stack.log import publish
+
+
+@contextmanager
+def lock(path: Path) -> Iterator[bool]:
+    """True if this process alone holds `path`; the kernel lets go of it when the process dies."""
+    import fcntl
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle = os.open(path, os.O_CREAT | os.O_RDWR, 0o644)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        yield True
+        path.unlink(missing_ok=True)
+    finally:
+        os.close(handle)
+
+
+class ShardWriter:
+    """Collects the samples of one output shard in order. Use `finish` to publish; without it nothing appears."""
+
+    def __init__(self, path: Path, dtype: torch.dtype):
+        self.path = path
+        self._dtype = dtype
+        self._partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._tar = webdataset.TarWriter(str(self._partial), mtime=0, mode=0o644)
+        self._count = 0
+        self._positions = 0
+        self._sum: torch.Tensor | float = 0.0
+        self._squares: torch.Tensor | float = 0.0
+
+    def add(self, key: str, sample: EncodedSample, facts: dict[str, Any]) -> None:
+        """One sample; `facts` becomes KEY.json."""
+        data = sample_to_bytes(sample, self._dtype)
+        self._tar.write({"__key__": key, "safetensors": data, "json": json.dumps(facts, sort_keys=True).encode()})
+        self._count += 1
+        values = sample.latent_mean.double().flatten(1)
+        variance = sample.latent_logvar.double().exp().flatten(1)
+        self._positions += values.shape[1]
+        self._sum = self._sum + values.sum(1)
+        self._squares = self._squares + (values.square() + variance).sum(1)
+
+    def finish(self, facts: dict[str, Any]) -> None:
+        """Publish tar, index and stats. `facts` go into the stats beside counts, sums over the latent and sha256."""
+        self._tar.close()
+        digest = hashlib.sha256(self._partial.read_bytes()).hexdigest()
+        os.chmod(self._partial, 0o644)
+        os.replace(self._partial, self.path)
+        index_shards(self.path)
+        stats = {
+            **facts,
+            "samples": self._count,
+            "sha256": digest,
+            "positions": self._positions,
+            "sum": torch.as_tensor(self._sum).tolist(),
+            "squares": torch.as_tensor(self._squares).tolist(),
+        }
+        with publish(stats_path(self.path)) as temporary:
+            temporary.write_text(json.dumps(stats, sort_keys=True))
+
+    def abandon(self) -> None:
+        self._tar.close()
+        self._partial.unlink(missing_ok=True)
+
+
+def stats_path(shard: Path) -> Path:
+    return shard.with_name(f"{shard.stem}_stats.json")
+
+
+def sweep(shard: Path) -> None:
+    """Remove what a killed writer of this shard left. Only under the shard's lock."""
+    for name in (f".{shard.name}.*.tmp", f".{shard.stem}*.tmp"):
+        for leftover in shard.parent.glob(name):
+            leftover.unlink(missing_ok=True)

@@ -1,0 +1,1 @@
+"""Captions: tokenizers, frozen encoders, and the context that the transformer attends to."""

@@ -1,0 +1,384 @@
+"""Frozen T5 and CLIP text encoders behind one interface: captions in, one `EncodedText` each out.
+
+The only module that imports transformers and open_clip. CLIP gives the hidden states of the second to last layer
+without the final LayerNorm, and the EOT state after the final LayerNorm, projected (SD3, arXiv 2403.03206).
+
+Shape suffixes: B batch · L text tokens · D width.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pydantic
+import torch
+from torch import Tensor, nn
+
+from stack.config import Config, UserError
+from stack.text import tokenizer
+from stack.text.conditioning import EncodedText, Pad
+
+NAMES = ("t5", "clip_l", "clip_g")
+CLIP_TOKENS = 77
+
+_PAD_IDS = {"t5": 0, "clip_l": 49407, "clip_g": 0}  # as the published models were trained
+_OPEN_CLIP_CONFIG = "open_clip_config.json"
+_OPEN_CLIP_WEIGHTS = "open_clip_model.safetensors"
+
+
+class TextConfig(Config):
+    """Which encoders (a local folder or a hub id; None: absent), and in which form captions are kept.
+
+    pad: trim  the caption's true tokens; T5 sees its attention mask, so nothing is lost by trimming
+         full  `t5_max_tokens` and 77 tokens, T5 without a mask, as SD3 and FLUX were trained
+    """
+
+    t5: str | None = None
+    clip_l: str | None = None
+    clip_g: str | None = None
+    t5_max_tokens: int = pydantic.Field(default=77, ge=1)
+    pad: Pad = "trim"
+    batch_size: int = pydantic.Field(default=64, ge=1)
+
+
+Tokenize = Callable[[str], list[int]]
+Forward = Callable[[Tensor, Tensor, bool], tuple[Tensor, Tensor | None]]  # ids_BL, length_B, masked → hidden, pooled
+
+
+@dataclass(frozen=True)
+class _Encoder:
+    tokenize: Tokenize
+    forward: Forward
+    dim: int
+    pad_id: int
+    max_tokens: int
+
+
+class TextEncoders:
+    """The encoders of `config`, frozen, on `device` in `dtype`.
+
+    dims          channels by encoder, of those that are present
+    fingerprints  as the function of that name
+
+    Raises UserError naming the key for a folder or hub id that is missing, has no weights, or not all of them.
+    """
+
+    def __init__(
+        self, config: TextConfig, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> None:
+        self.config = config
+        self.device = torch.device(device)
+        folders = _folders(config)
+        self.fingerprints = {name: _fingerprint(name, folder) for name, folder in folders.items()}
+        self._encoders = {name: _load(name, folder, config, self.device, dtype) for name, folder in folders.items()}
+        self.dims = {name: encoder.dim for name, encoder in self._encoders.items()}
+
+    def encode(self, captions: Sequence[str]) -> list[EncodedText]:
+        """Encode `captions`, in the given order; CPU tensors in the encoders' dtype, each with its own memory."""
+        encoded = {name: self._run(encoder, captions) for name, encoder in self._encoders.items()}
+        absent: list[tuple[Tensor | None, Tensor | None]] = [(None, None)] * len(captions)
+        results = []
+        for t5, clip_l, clip_g in zip(*(encoded.get(name, absent) for name in NAMES), strict=True):
+            pooled = [vector for _, vector in (clip_l, clip_g) if vector is not None]
+            results.append(EncodedText(t5[0], clip_l[0], clip_g[0], torch.cat(pooled) if pooled else torch.empty(0)))
+        return results
+
+    def _run(self, encoder: _Encoder, captions: Sequence[str]) -> list[tuple[Tensor | None, Tensor | None]]:
+        full = self.config.pad == "full"
+        ids = [encoder.tokenize(caption) for caption in captions]
+        order = sorted(range(len(ids)), key=lambda index: len(ids[index]))
+        results: list[tuple[Tensor | None, Tensor | None]] = [(None, None)] * len(ids)
+        for start in range(0, len(order), self.config.batch_size):
+            chosen = order[start : start + self.config.batch_size]
+            length_B = torch.tensor([len(ids[index]) for index in chosen])
+            num_tokens = encoder.max_tokens if full else int(length_B.max())
+            ids_BL = torch.full((len(chosen), num_tokens), encoder.pad_id)
+            for row, index in enumerate(chosen):
+                ids_BL[row, : len(ids[index])] = torch.tensor(ids[index])
+            with torch.inference_mode():
+                hidden_BLD, pooled_BD = encoder.forward(ids_BL.to(self.device), length_B.to(self.device), not full)
+            hidden_BLD = hidden_BLD.cpu()
+            pooled_BD = None if pooled_BD is None else pooled_BD.cpu()
+            for row, index in enumerate(chosen):
+                kept = hidden_BLD[row] if full else hidden_BLD[row, : length_B[row]]
+                # Cloned outside inference mode: an ordinary tensor that doesn't hold its whole batch in memory.
+                results[index] = kept.clone(), None if pooled_BD is None else pooled_BD[row].clone()
+        return results
+
+
+def fingerprints(config: TextConfig) -> dict[str, str]:
+    """sha256 by encoder over the bytes of its configuration, weights and tokenizer. Loads no weights."""
+    return {name: _fingerprint(name, folder) for name, folder in _folders(config).items()}
+
+
+# Files
+
+
+def _folders(config: TextConfig) -> dict[str, Path]:
+    return {name: _folder(name, source) for name in NAMES if (source := getattr(config, name)) is not None}
+
+
+def _folder(name: str, source: str) -> Path:
+    """`source` itself, or the local copy of what it names on the hub."""
+    if Path(source).expanduser().is_dir():
+        return Path(source).expanduser()
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    repository = source.removeprefix("hf-hub:")
+    wanted = ["config.json", "tokenizer.json", _OPEN_CLIP_CONFIG]
+    try:
+        folder = Path(snapshot_download(repository, allow_patterns=wanted))
+        weights = _OPEN_CLIP_WEIGHTS if (folder / _OPEN_CLIP_CONFIG).is_file() else "model*.safetensors*"
+        return Path(snapshot_download(repository, allow_patterns=[*wanted, weights]))
+    except (OSError, HFValidationError):
+        raise UserError(f"text.{name}: {source!r} is no local folder, nor a hub id that can be reached") from None
+
+
+def _files(name: str, folder: Path) -> list[Path]:
+    """Configuration, weights and tokenizer: what `_load` reads, and what the fingerprint covers."""
+    if name != "t5" and (folder / _OPEN_CLIP_CONFIG).is_file():
+        files = [folder / _OPEN_CLIP_CONFIG, folder / _OPEN_CLIP_WEIGHTS]
+    else:
+        weights = sorted(folder.glob("model*.safetensors")) or [folder / "model.safetensors"]
+        files = [folder / "config.json", *weights]
+    files.append(folder / "tokenizer.json" if name == "t5" else _clip_vocabulary(folder))
+    for file in files:
+        if not file.is_file():
+            raise UserError(f"text.{name}: {folder} has no {file.name}")
+    return files
+
+
+def _clip_vocabulary(folder: Path) -> Path:
+    """The folder's own tokenizer, else the BPE table that comes with open_clip: both give the same ids."""
+    if (folder / "tokenizer.json").is_file():
+        return folder / "tokenizer.json"
+    from open_clip.tokenizer import default_bpe
+
+    return Path(default_bpe())
+
+
+def _fingerprint(name: str, folder: Path) -> str:
+    whole = hashlib.sha256()
+    for file in _files(name, folder):
+        digest = hashlib.sha256()
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 22):
+                digest.update(block)
+        whole.update(f"{file.name} {digest.hexdigest()}\n".encode())
+    return whole.hexdigest()
+
+
+# Loading
+
+
+def _load(name: str, folder: Path, config: TextConfig, device: torch.device, dtype: torch.dtype) -> _Encoder:
+    from safetensors import SafetensorError
+
+    files = _files(name, folder)
+    build = _load_t5 if name == "t5" else _load_open_clip if files[0].name == _OPEN_CLIP_CONFIG else _load_clip
+    try:
+        model, forward, dim = build(folder, dtype)
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+        raise UserError(f"text.{name}: {folder} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
+    model.requires_grad_(False).eval().to(device)
+    max_tokens = config.t5_max_tokens if name == "t5" else CLIP_TOKENS
+    return _Encoder(_tokenize(files[-1], max_tokens), forward, dim, _PAD_IDS[name], max_tokens)
+
+
+def _tokenize(vocabulary: Path, max_tokens: int) -> Tokenize:
+    if vocabulary.name == "tokenizer.json":
+        fast = tokenizer.load(vocabulary.parent)
+        fast.no_padding()
+        fast.enable_truncation(max_tokens)
+        return lambda caption: fast.encode(caption).ids
+    from open_clip.tokenizer import SimpleTokenizer
+
+    bpe = SimpleTokenizer(str(vocabulary))
+    return lambda caption: [bpe.sot_token_id, *bpe.encode(caption)[: max_tokens - 2], bpe.eot_token_id]
+
+
+def _load_t5(folder: Path, dtype: torch.dtype) -> tuple[nn.Module, Forward, int]:
+    model = _from_pretrained(_transformers().T5EncoderModel, folder, dtype)
+
+    def forward(ids_BL: Tensor, length_B: Tensor, masked: bool) -> tuple[Tensor, None]:
+        mask_BL = torch.arange(ids_BL.shape[1], device=ids_BL.device) < length_B[:, None]
+        return model(ids_BL, attention_mask=mask_BL if masked else None).last_hidden_state, None
+
+    return model, forward, model.config.d_model
+
+
+def _load_clip(folder: Path, dtype: torch.dtype) -> tuple[nn.Module, Forward, int]:
+    model = _from_pretrained(_transformers().CLIPTextModelWithProjection, folder, dtype)
+    _require_equal_widths(folder, model.config.hidden_size, model.config.projection_dim)
+
+    def forward(ids_BL: Tensor, length_B: Tensor, masked: bool) -> tuple[Tensor, Tensor]:
+        output = model(ids_BL, output_hidden_states=True)
+        return output.hidden_states[-2], output.text_embeds
+
+    return model, forward, model.config.hidden_size
+
+
+def _load_open_clip(folder: Path, dtype: torch.dtype) -> tuple[nn.Module, Forward, int]:
+    import open_clip
+
+    model: Any = open_clip.create_model(f"local-dir:{folder}", require_pretrained=True)
+    del model.visual
+    text = getattr(model, "text", model).to(dtype)
+    width = text.token_embedding.embedding_dim
+    _require_equal_widths(folder, width, text.text_projection.shape[1])
+
+    def forward(ids_BL: Tensor, length_B: Tensor, masked: bool) -> tuple[Tensor, Tensor]:
+        num_tokens = ids_BL.shape[1]
+        hidden_BLD = text.token_embedding(ids_BL) + text.positional_embedding[:num_tokens]
+        causal_LL = text.attn_mask[:num_tokens, :num_tokens]
+        last_BLD, hidden = text.transformer.forward_intermediates(hidden_BLD, attn_mask=causal_LL)
+        eot_BD = last_BLD[torch.arange(len(ids_BL), device=ids_BL.device), length_B - 1]
+        return hidden[-2], text.ln_final(eot_BD) @ text.text_projection
+
+    return text, forward, width
+
+
+def _transformers() -> Any:
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    return transformers
+
+
+def _from_pretrained(model_class: Any, folder: Path, dtype: torch.dtype) -> Any:
+    model, report = model_class.from_pretrained(
+        folder, dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
+    )
+    if report["missing_keys"]:  # transformers fills these at random and goes on
+        raise ValueError(f"the weights lack {', '.join(sorted(report['missing_keys'])[:4])}")
+    return model
+
+
+def _require_equal_widths(folder: Path, hidden_dim: int, pooled_dim: int) -> None:
+    # `conditioning.join` finds each encoder's part of the pooled vector by the width of its hidden states.
+    if hidden_dim != pooled_dim:
+        raise ValueError(f"hidden states have {hidden_dim} channels, the projection {pooled_dim}; they must agree")
+
+
+# Untrained encoders
+
+
+def write_untrained_encoders(folder: str | Path, seed: int) -> TextConfig:
+    """Write small frozen encoders with random weights to `folder`/t5, /clip_l and /clip_g; the config that loads them.
+
+    A sixteenth of the widths of SD3's CLIPs, and T5 as wide as both together. The bytes follow from `seed`. They tell
+    words and their order apart and know nothing else: features for a demonstration on few words. A folder that is
+    complete already is kept (it appears by rename); raises UserError if another seed made it.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        partial = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+        shutil.rmtree(partial, ignore_errors=True)
+        generator = torch.Generator().manual_seed(seed)
+        _write_untrained_t5(partial / "t5", generator)
+        _write_untrained_clip(partial / "clip_l", generator)
+        _write_untrained_open_clip(partial / "clip_g", generator)
+        (partial / _SEED_FILE).write_text(json.dumps({"seed": seed}) + "\n")
+        for file in partial.rglob("*.*"):
+            file.chmod(0o644)  # safetensors writes 0600, whatever the umask
+        try:
+            partial.rename(folder)
+        except OSError:  # another process was first
+            shutil.rmtree(partial)
+    made_with = json.loads((folder / _SEED_FILE).read_text())["seed"] if (folder / _SEED_FILE).is_file() else None
+    if made_with != seed:
+        raise UserError(f"{folder}: holds encoders of seed {made_with}, wanted seed {seed}: remove it or use another")
+    return TextConfig(t5=str(folder / "t5"), clip_l=str(folder / "clip_l"), clip_g=str(folder / "clip_g"))
+
+
+_SEED_FILE = "untrained.json"
+_CLIP_VOCABULARY = 49408
+_CLIP_SOT, _CLIP_EOT = 49406, 49407
+
+
+def _write_untrained_t5(folder: Path, generator: torch.Generator) -> None:
+    transformers = _transformers()
+    pieces = tokenizer.load(tokenizer.CAPTION_TOKENIZER)
+    shutil.copytree(tokenizer.CAPTION_TOKENIZER, folder)
+    config = transformers.T5Config(
+        vocab_size=pieces.get_vocab_size(),
+        d_model=128,
+        d_kv=16,
+        num_heads=8,
+        d_ff=256,
+        num_layers=2,
+        feed_forward_proj="gated-gelu",
+        use_cache=False,
+    )
+    model = transformers.T5EncoderModel(config)
+    _randomize(model, generator)
+    model.half().save_pretrained(folder)
+
+
+def _write_untrained_clip(folder: Path, generator: torch.Generator) -> None:
+    transformers = _transformers()
+    config = transformers.CLIPTextConfig(
+        hidden_size=48,
+        intermediate_size=192,
+        projection_dim=48,
+        num_hidden_layers=2,
+        num_attention_heads=3,
+        hidden_act="quick_gelu",
+        vocab_size=_CLIP_VOCABULARY,
+        bos_token_id=_CLIP_SOT,
+        eos_token_id=_CLIP_EOT,
+        pad_token_id=_CLIP_EOT,
+    )
+    model = transformers.CLIPTextModelWithProjection(config)
+    _randomize(model, generator)
+    model.half().save_pretrained(folder)
+
+
+def _write_untrained_open_clip(folder: Path, generator: torch.Generator) -> None:
+    from open_clip import CLIP
+    from safetensors.torch import save_file
+
+    text = {"context_length": CLIP_TOKENS, "vocab_size": _CLIP_VOCABULARY, "width": 80, "heads": 5, "layers": 2}
+    vision = {"image_size": 8, "patch_size": 8, "width": 8, "head_width": 8, "layers": 1}  # open_clip insists on one
+    config: dict[str, Any] = {"embed_dim": 80, "vision_cfg": vision, "text_cfg": text}
+    model = CLIP(**config)
+    _randomize(model, generator)
+    folder.mkdir(parents=True)
+    (folder / _OPEN_CLIP_CONFIG).write_text(json.dumps({"model_cfg": config}, indent=2) + "\n")
+    save_file(model.half().state_dict(), folder / _OPEN_CLIP_WEIGHTS)
+
+
+# Standard deviations by name, else 1/√(fan-in): unit-scale features in which a token is seen before its neighbours.
+# T5 doesn't divide its scores by √d_kv: without a small q they would drown the heads' offsets.
+_STDS = {"shared": 1.0, "token_embedding": 1.0, "position": 0.25, "SelfAttention.q": 0.02}
+
+
+@torch.no_grad()
+def _randomize(model: nn.Module, generator: torch.Generator) -> None:
+    for name, parameter in sorted(model.named_parameters()):
+        if parameter.ndim < 2:
+            parameter.fill_(float(name.endswith("weight")))  # norms 1, biases 0
+        elif name.endswith("relative_attention_bias.weight"):
+            _look_at_neighbours(parameter)
+        else:
+            std = next((std for part, std in _STDS.items() if part in name), parameter.shape[1] ** -0.5)
+            parameter.normal_(0, std, generator=generator)
+        if name.endswith("token_embedding.weight"):
+            parameter[_CLIP_SOT:] *= 0.2  # what is pooled at EOT is the caption, not EOT
+
+
+def _look_at_neighbours(bias_buckets_heads: Tensor) -> None:
+    """Each head of T5 looks at one neighbour, up to four words away: order alone tells "a red star above a blue circle"
+    from its reverse, and MM-DiT gives its context no positions."""
+    bias_buckets_heads.zero_()
+    num_buckets = bias_buckets_heads.shape[0]
+    for head, offset in enumerate((-4, -3, -2, -1, 1, 2, 3, 4)):
+        bias_buckets_heads[abs(offset) + (num_buckets // 2 if offset > 0 else 0), head] = 6.0

@@ -1,0 +1,58 @@
+"""A training run's whole configuration, and the objects it names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import torch
+from pydantic import Field
+
+from stack.config import Config, UserError
+from stack.data.dataset import ImageData, ImageDataset, LatentData, LatentDataset, ShardData
+from stack.log import LogConfig
+from stack.parallel.ema import EmaConfig
+from stack.parallel.engine import OptimConfig, ParallelConfig
+from stack.train.autoencoder import AutoencoderConfig, AutoencoderObjective
+from stack.train.checkpoint import CheckpointConfig
+from stack.train.objective import Objective
+from stack.train.rectified_flow import RectifiedFlow, RectifiedFlowConfig
+from stack.train.schedule import ScheduleConfig, Span
+
+
+class RunConfig(Config):
+    dir: Path
+    """The run's folder: config, metrics, checkpoints, snapshots, samples."""
+    seed: int = 0
+    max_nonfinite: int = 20
+    """Steps in a row with a non-finite gradient that end the run."""
+
+
+class SnapshotConfig(Config):
+    every: Span = 500
+    """Steps between two snapshots, each with a validation loss and a sample grid; the last step always has one."""
+
+
+class TrainConfig(Config):
+    run: RunConfig
+    data: Annotated[LatentData | ImageData, Field(discriminator="kind")]
+    objective: Annotated[RectifiedFlowConfig | AutoencoderConfig, Field(discriminator="kind")]
+    optim: OptimConfig = OptimConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    ema: EmaConfig = EmaConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    snapshot: SnapshotConfig = SnapshotConfig()
+    log: LogConfig = LogConfig()
+
+
+def build(config: TrainConfig, device: torch.device) -> tuple[ShardData, Objective]:
+    """The data set and the objective. UserError where the two kinds do not go together."""
+    data, objective, seed = config.data, config.objective, config.run.seed
+    if isinstance(data, LatentData) and isinstance(objective, RectifiedFlowConfig):
+        latents = LatentDataset(data, seed)
+        return latents, RectifiedFlow(objective, latents, seed, device)
+    if isinstance(data, ImageData) and isinstance(objective, AutoencoderConfig):
+        images = ImageDataset(data, seed)
+        return images, AutoencoderObjective(objective, images, seed, device)
+    raise UserError(f"objective.kind={objective.kind} does not train on data.kind={data.kind}")

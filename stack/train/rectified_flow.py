@@ -1,0 +1,137 @@
+"""Text-to-image pre-training: an MM-DiT on rectified flow (SD3, arXiv 2403.03206) over pre-encoded samples.
+
+Shapes: B batch · C channels · H W height, width of the latent · L text tokens · D width.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from PIL.Image import Image
+from torch import Tensor, nn
+
+from autoencoders.codec import Affine, Codec, Moments, draw, fingerprint
+from stack.config import Config, UserError
+from stack.data.dataset import LatentBatch, LatentDataset
+from stack.flow import path
+from stack.flow.noise import Draws
+from stack.flow.timesteps import TimestepConfig
+from stack.models.mmdit import MMDiT, MMDiTConfig
+from stack.text.conditioning import EncodedText, join
+from stack.text.encoders import TextConfig, TextEncoders, fingerprints
+from stack.train.objective import Losses
+from stack.train.pictures import contact_sheet
+from stack.train.sampler import Sampler, SamplerConfig
+
+
+class DropoutConfig(Config):
+    """Probability with which each encoder is dropped (zeroed), independently (SD3 §5.2; 0.464³ = 0.0999)."""
+
+    t5: float = 0.464
+    clip_l: float = 0.464
+    clip_g: float = 0.464
+
+
+class PreviewConfig(SamplerConfig):
+    prompts: list[str] = ["a red circle"]
+    seed: int = 0
+    size: tuple[int, int] = (32, 32)
+    """(width, height) in pixels."""
+
+
+class RectifiedFlowConfig(Config):
+    kind: Literal["rectified_flow"] = "rectified_flow"
+    model: MMDiTConfig
+    text: TextConfig
+    autoencoder: str
+    """Folder or hub id of the codec that made the latents."""
+    timesteps: TimestepConfig = TimestepConfig()
+    dropout: DropoutConfig = DropoutConfig()
+    preview: PreviewConfig = PreviewConfig()
+
+
+def encoder_fingerprints(text: TextConfig, autoencoder: str) -> dict[str, str]:
+    return {"autoencoder": fingerprint(autoencoder), **fingerprints(text)}
+
+
+class RectifiedFlow:
+    """Velocity matching: mean square of v − (ε − x_0), which is SD3's w_t = t/(1−t)·π(t) on the ε error."""
+
+    def __init__(self, config: RectifiedFlowConfig, data: LatentDataset, seed: int, device: torch.device):
+        manifest = data.manifest
+        expected = {f"encoders.{k}": v for k, v in encoder_fingerprints(config.text, config.autoencoder).items()}
+        manifest.check(data.folder, {**expected, "pad": config.text.pad, "t5_max_tokens": config.text.t5_max_tokens})
+        if config.model.in_channels != manifest.latent_channels:
+            raise UserError(
+                f"objective.model.in_channels is {config.model.in_channels}, the latents of {data.folder} have "
+                f"{manifest.latent_channels} channels"
+            )
+        self._config = config
+        self._affine = Affine(manifest.scale, manifest.shift)
+        self._check_widths(config, manifest.empty_text)
+        self._device = device
+        self._sampler: Sampler | None = None
+        self.network: nn.Module = MMDiT(config.model)
+        self.network.init_weights(seed)
+
+    @staticmethod
+    def _check_widths(config: RectifiedFlowConfig, text: EncodedText) -> None:
+        clip = sum(t.shape[-1] for t in (text.clip_l, text.clip_g) if t is not None)
+        needed = max(clip, text.t5.shape[-1] if text.t5 is not None else 0)
+        if config.model.context_dim < needed:
+            raise UserError(f"objective.model.context_dim is {config.model.context_dim}, the captions need {needed}")
+        if config.model.pooled_dim != text.pooled.shape[-1]:
+            raise UserError(
+                f"objective.model.pooled_dim is {config.model.pooled_dim}, the captions' is {text.pooled.shape[-1]}"
+            )
+
+    def _noised(self, batch: LatentBatch, draws: Draws, t_B: Tensor) -> tuple[Tensor, Tensor]:
+        """x_t and the target velocity, both [B, C, H, W]."""
+        device, shape = t_B.device, tuple(batch.mean_BCHW.shape[1:])
+        posterior = draws.normal("posterior", shape).to(device)
+        noise = draws.normal("noise", shape).to(device)
+        latent = draw(Moments(batch.mean_BCHW, batch.logvar_BCHW), posterior, self._affine)
+        return path.interpolate(latent, noise, t_B), path.velocity(latent, noise)
+
+    def _error_B(self, network: nn.Module, batch: LatentBatch, draws: Draws, t_B: Tensor, **keep: Tensor) -> Tensor:
+        x_BCHW, target_BCHW = self._noised(batch, draws, t_B)
+        context_BLD, mask_BL, pooled_BD = join(batch.text, self._config.model.context_dim, **keep)
+        velocity_BCHW = network(x_BCHW, t_B, context_BLD, pooled_BD, mask_BL)
+        return (velocity_BCHW.float() - target_BCHW).square().flatten(1).mean(1)
+
+    def loss(self, network: nn.Module, batch: LatentBatch, draws: Draws) -> Losses:
+        device = batch.mean_BCHW.device
+        t_B = self._config.timesteps.sample(draws.uniform("timestep")).float().to(device)
+        dropout = self._config.dropout
+        keep = {
+            f"keep_{name}_B": (draws.uniform(f"keep_{name}") >= getattr(dropout, name)).to(device)
+            for name in ("t5", "clip_l", "clip_g")
+        }
+        return Losses(self._error_B(network, batch, draws, t_B, **keep).mean())
+
+    def validate(self, network: nn.Module, batch: LatentBatch, draws: Draws) -> Tensor:
+        """One level a sample, t = i/8 with i its place in the set modulo 8 (MLPerf Training v5.1's rule)."""
+        levels = torch.tensor([position % 8 / 8 for position in batch.positions], device=batch.mean_BCHW.device)
+        return self._error_B(network, batch, draws, levels)
+
+    def preview(self, network: nn.Module) -> Image:
+        assert isinstance(network, MMDiT)
+        preview = self._config.preview
+        if self._sampler is None:
+            encoders = TextEncoders(self._config.text, self._device)
+            codec = Codec.load(self._config.autoencoder).to(self._device)
+            self._sampler = Sampler(network, codec, encoders)
+            self._texts = encoders.encode(preview.prompts)
+        self._sampler.network = network
+        images = self._sampler.sample(self._texts, preview.size, preview, range(len(preview.prompts)), preview.seed)
+        return contact_sheet(images, preview.prompts)
+
+    def metadata(self) -> dict[str, Any]:
+        return {
+            "kind": self._config.kind,
+            "model": self._config.model.model_dump(mode="json"),
+            "text": self._config.text.model_dump(mode="json"),
+            "autoencoder": self._config.autoencoder,
+            "encoders": encoder_fingerprints(self._config.text, self._config.autoencoder),
+        }

@@ -1,0 +1,94 @@
+"""Text to images: the network, its text encoders and the codec behind one call.
+
+Shapes: B batch · C channels · H W height, width · L text tokens · D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from autoencoders.codec import Codec
+from stack.config import Config, UserError
+from stack.flow import guidance, solvers
+from stack.flow.noise import NoisePlan
+from stack.models.mmdit import MMDiT
+from stack.text.conditioning import EncodedText, collate, join
+from stack.text.conditioning import unconditional as unconditional_text
+from stack.text.encoders import TextEncoders
+
+
+class SamplerConfig(Config):
+    solver: Literal["euler", "heun"] = "euler"
+    steps: int = 20
+    guidance: float = 4.0
+    """Classifier-free guidance γ in v∅ + γ·(v_y − v∅); 1 is no guidance."""
+    shift: float = 1.0
+    """Resolution shift of the time grid."""
+    batch_size: int = 64
+
+
+class Sampler:
+    """Draws images; image i of a seed is the same whatever the batch it is drawn in."""
+
+    def __init__(self, network: MMDiT, codec: Codec, encoders: TextEncoders):
+        self.network = network
+        self._codec = codec
+        self._encoders = encoders
+
+    def encode(self, prompts: Sequence[str]) -> list[EncodedText]:
+        return self._encoders.encode(prompts)
+
+    def from_prompts(
+        self, prompts: Sequence[str], size: tuple[int, int], config: SamplerConfig, seed: int
+    ) -> list[np.ndarray]:
+        """One image a prompt, uint8 [height, width, 3]."""
+        return self.sample(self.encode(prompts), size, config, range(len(prompts)), seed)
+
+    @torch.inference_mode()
+    def sample(
+        self,
+        texts: Sequence[EncodedText],
+        size: tuple[int, int],
+        config: SamplerConfig,
+        numbers: Sequence[int],
+        seed: int,
+    ) -> list[np.ndarray]:
+        """Images for encoded captions. size: (width, height) in pixels; numbers: which image of `seed` each one is.
+
+        Raises UserError for a size that the codec and the patches do not divide.
+        """
+        unit = self._codec.factor * self.network.config.patch_size
+        if size[0] % unit or size[1] % unit:
+            raise UserError(f"size {size[0]}×{size[1]}: both sides must be multiples of {unit} pixels")
+        shape = (self._codec.channels, size[1] // self._codec.factor, size[0] // self._codec.factor)
+        images: list[np.ndarray] = []
+        for start in range(0, len(texts), config.batch_size):
+            chosen = slice(start, start + config.batch_size)
+            noise_BCHW = NoisePlan(seed).at(0, list(numbers[chosen])).normal("noise", shape)
+            latent_BCHW = self._integrate(list(texts[chosen]), noise_BCHW, config)
+            pixels = self._codec.decode(latent_BCHW.to(next(self._codec.parameters()).dtype))
+            images += list(((pixels.float() + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy())
+        return images
+
+    def _integrate(self, texts: list[EncodedText], noise_BCHW: Tensor, config: SamplerConfig) -> Tensor:
+        device = next(self.network.parameters()).device
+        batch = collate(texts, self._encoders.config.pad).to(device)
+        context_dim = self.network.config.context_dim
+        conditional, unconditional = (
+            guidance.Condition(context_BLD, pooled_BD, mask_BL)
+            for context_BLD, mask_BL, pooled_BD in (join(batch, context_dim), unconditional_text(batch, context_dim))
+        )
+
+        def velocity(x_BCHW: Tensor, t_B: Tensor) -> Tensor:
+            v_BCHW = guidance.classifier_free(
+                self.network, x_BCHW, t_B, conditional, unconditional, config.guidance
+            )
+            return v_BCHW.float()
+
+        solve = {"euler": solvers.euler, "heun": solvers.heun}[config.solver]
+        return solve(velocity, noise_BCHW.to(device), solvers.times(config.steps, config.shift))

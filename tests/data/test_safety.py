@@ -1,0 +1,131 @@
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save
+
+from stack.config import UserError
+from stack.data import safety
+from stack.data.safety import DecodeError, RejectLog
+
+
+@pytest.mark.parametrize(
+    "source", ["pipe:cat x.tar", "a.tar::b.tar", "data/${HOME}/x.tar", "data/$(id).tar", "data/`id`.tar"]
+)
+def test_shell_and_chained_sources_are_refused(source: str) -> None:
+    with pytest.raises(UserError):
+        safety.check_source(source)
+
+
+def test_plain_sources_pass() -> None:
+    for source in ["data/{00000..00007}.tar", "/a/b", "s3://bucket/x.tar", "pipes/a:b.tar"]:
+        safety.check_source(source)
+
+
+@pytest.mark.parametrize("name", ["a.pkl", "a.npy.PTH", "b/a.pt", "a.pyd", "a.pickle"])
+def test_names_that_run_code_are_refused(name: str) -> None:
+    assert safety.refuse_name(name).startswith("forbidden member")
+
+
+@pytest.mark.parametrize("name", ["/a.png", "../a.png", "b/../a.png", "b\\..\\a.png", "C:\\a.png", "\\a.png"])
+def test_paths_outside_are_refused(name: str) -> None:
+    assert safety.refuse_name(name) == "path outside the archive"
+
+
+def test_harmless_names_pass() -> None:
+    assert not any(map(safety.refuse_name, ["a.png", "./a.png", "b/a..png", "s:1.png", "a.seg.png"]))
+
+
+def test_split_name_is_webdataset_s() -> None:
+    assert safety.split_name("./x/0001.JPG") == ("x/0001", "jpg")
+    assert safety.split_name("x.y/0001.seg.png") == ("x.y/0001", "seg.png")
+    assert safety.split_name("README") == ("README", "")
+
+
+def test_decode_knows_only_its_list() -> None:
+    assert safety.decode("txt", " ein Bär\n".encode()) == "ein Bär"
+    assert safety.decode("json", b'{"a": 1}') == {"a": 1}
+    assert torch.equal(safety.decode("safetensors", save({"x": torch.arange(3)}))["x"], torch.arange(3))
+    stream = io.BytesIO()
+    np.save(stream, np.arange(3))
+    assert safety.decode("npy", stream.getvalue()).tolist() == [0, 1, 2]
+    for extension in ["pkl", "pth", "py", "", "tar"]:
+        with pytest.raises(DecodeError, match="no decoder"):
+            safety.decode(extension, b"")
+
+
+class _Bomb:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return (pytest.fail, ("a pickle ran",))
+
+
+def test_a_pickle_in_an_npy_does_not_run() -> None:
+    stream = io.BytesIO()
+    np.save(stream, np.array([_Bomb()], dtype=object), allow_pickle=True)
+    for data in [stream.getvalue(), pickle.dumps(_Bomb())]:
+        with pytest.raises(DecodeError):
+            safety.decode("npy", data)
+
+
+@pytest.mark.parametrize("data", [b"[" * 100_000, b"\xff", b""])
+def test_broken_json_is_a_decode_error(data: bytes) -> None:
+    with pytest.raises(DecodeError):
+        safety.decode("json", data)
+
+
+def _png_of(width: int, height: int) -> bytes:
+    """A PNG of a few bytes whose header promises width × height pixels."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_too_many_pixels_are_refused_from_the_header() -> None:
+    assert safety.open_image(_png_of(8192, 8192)).size == (8192, 8192)
+    for size in [(8193, 8192), (12000, 12000), (60000, 60000)]:
+        with pytest.raises(DecodeError):
+            safety.open_image(_png_of(*size))
+
+
+def test_other_image_formats_are_refused_whatever_they_are_called() -> None:
+    stream = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(stream, "BMP")
+    with pytest.raises(DecodeError) as error:
+        safety.open_image(stream.getvalue())
+    assert "0x" not in str(error.value)
+
+
+def test_safetensors_shapes_from_the_head() -> None:
+    data = save({"latent_mean": torch.zeros(4, 2, 3), "t5": torch.zeros(7, 8, dtype=torch.bfloat16)})
+    head = data[: safety.safetensors_header_size(data[:8])]
+    assert safety.read_safetensors_shapes(head, len(data)) == {"latent_mean": (4, 2, 3), "t5": (7, 8)}
+    for broken in [head[:-20], b"", b"\xff" * 64, head.replace(b"[4,2,3]", b"[4,2,q]")]:
+        with pytest.raises(DecodeError):
+            safety.read_safetensors_shapes(broken, len(data))
+    with pytest.raises(DecodeError):
+        safety.read_safetensors_shapes(head, len(data) - 1)
+
+
+def test_reject_log_appends_and_counts(tmp_path: Path) -> None:
+    path = tmp_path / "run" / "rejected.jsonl"
+    first, second = RejectLog(path), RejectLog(path)
+    first.add("00000.tar", "a", "image not readable: bad byte 3")
+    first.add("00000.tar", "b", "image not readable: bad byte 4")
+    second.add("00001.tar", "ä\udcff", "no caption")
+    assert first.counts == {"image not readable": 2}
+    assert (first.num_rejected, second.num_rejected) == (2, 1)
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert lines[2] == {"shard": "00001.tar", "key": "ä\udcff", "reason": "no caption"}

@@ -1,0 +1,74 @@
+from pathlib import Path
+
+import pytest
+
+from stack.config import UserError, dump, load
+from stack.models.mmdit import MMDiTConfig
+from stack.models.presets import PRESETS, parameter_counts, resolve
+
+PUBLISHED = {  # depth: without, with QK-RMSNorm; the position table not counted
+    15: (496_066_624, 496_070_464),
+    18: (856_159_552, 856_164_160),
+    24: (2_028_328_000, 2_028_334_144),
+    30: (3_962_392_384, 3_962_400_064),
+    38: (8_056_617_792, 8_056_627_520),
+}
+
+
+@pytest.mark.parametrize("depth", PUBLISHED)
+def test_published_parameter_counts(depth: int) -> None:
+    plain, normed = PUBLISHED[depth]
+    assert parameter_counts(MMDiTConfig.from_preset(f"sd3-d{depth}"))[0] == plain
+    assert parameter_counts(MMDiTConfig.from_preset(f"sd3-d{depth}-qknorm"))[0] == normed
+
+
+def test_sd3_medium_with_its_position_table() -> None:
+    assert parameter_counts(MMDiTConfig.from_preset("sd3-d24"))[1] == 2_084_951_104
+
+
+def test_rope_has_no_table() -> None:
+    trained, with_table = parameter_counts(MMDiTConfig.from_preset("mmdit-test", positions="rope"))
+    assert trained == with_table
+
+
+def test_the_demo_is_small() -> None:
+    assert 4e6 < parameter_counts(MMDiTConfig.from_preset("mmdit-demo"))[0] < 6e6
+
+
+def test_sd3_rows_follow_the_papers_rule() -> None:
+    for name, row in PRESETS.items():
+        if name.startswith("sd3"):
+            assert (row["width"], row["num_heads"]) == (64 * row["depth"], row["depth"])
+            assert row["qk_norm"] == name.endswith("-qknorm")
+
+
+def test_explicit_keys_win() -> None:
+    config = load(MMDiTConfig, overrides=["preset=mmdit-demo", "in_channels=16", "context_dim=99", "qk_norm=false"])
+    assert (config.in_channels, config.context_dim, config.qk_norm) == (16, 99, False)
+    assert config.depth == PRESETS["mmdit-demo"]["depth"]
+
+
+def test_a_resolved_config_reads_back_equal(tmp_path: Path) -> None:
+    config = MMDiTConfig.from_preset("mmdit-demo", in_channels=16)
+    (tmp_path / "model.yaml").write_text(dump(config))
+    assert load(MMDiTConfig, tmp_path / "model.yaml") == config
+
+
+def test_unknown_preset_names_the_nearest() -> None:
+    with pytest.raises(UserError, match=r"'sd3-d25', did you mean 'sd3-d24'|'sd3-d15'"):
+        resolve({"preset": "sd3-d25"})
+    with pytest.raises(UserError, match="did you mean 'mmdit-demo'"):
+        load(MMDiTConfig, overrides=["preset=mmdit-dem"])
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"width": 100}, "width 100 is not divisible by num_heads 8"),
+        ({"width": 8 * 6, "positions": "rope"}, "heads of a size divisible by 4, got 6"),
+        ({"width": 34, "num_heads": 2}, "width divisible by 4, got 34"),
+    ],
+)
+def test_sizes_that_do_not_fit(keys: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        MMDiTConfig.model_validate({"depth": 2, "width": 64, "num_heads": 8, **keys})
