@@ -9,6 +9,7 @@ Shapes: B batch · C channels · H W height, width (of the image or, divided by 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -63,7 +64,7 @@ class Codec(nn.Module):
         return cls(vae).eval().requires_grad_(False)
 
     @classmethod
-    def build(cls, channels: int, block_out_channels: list[int], layers_per_block: int, norm_groups: int) -> Codec:
+    def build(cls, channels: int, block_out_channels: Sequence[int], layers_per_block: int, norm_groups: int) -> Codec:
         """A new autoencoder of SD's architecture, f = 2^(len(block_out_channels) − 1), with random weights."""
         from diffusers import AutoencoderKL
 

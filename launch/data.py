@@ -41,7 +41,9 @@ def synth(out: Path, overrides: tuple[str, ...]) -> None:
 
 @command.command()
 @click.argument("shards")
-@click.option("--cache", type=click.Path(path_type=Path), help="Folder for the indices; beside the shards if not given.")
+@click.option(
+    "--cache", type=click.Path(path_type=Path), help="Folder for the indices; beside the shards if not given."
+)
 def index(shards: str, cache: Path | None) -> None:
     """Index SHARDS (a folder, a .tar or a glob) and say what is in them."""
     from stack.data.shards import find_shards, index_shards

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import BinaryIO
 
 import click
 
@@ -18,6 +21,8 @@ MALLOC = {
     "MALLOC_TRIM_THRESHOLD_": str(8 << 30),
     "MALLOC_TOP_PAD_": str(256 << 20),
 }
+
+STOPPED = 85  # a run that was asked to stop and has saved (stack.train.preempt.EXIT_CODE)
 
 
 def set_defaults() -> None:
@@ -40,51 +45,45 @@ def spawn(arguments: Sequence[str], ranks: int) -> int:
     """
     from stack.dist import VARIABLES, free_port
 
-    port = free_port()
-    threads = max(1, (os.cpu_count() or 1) // ranks)
-    processes = []
-    outputs = [None, *(tempfile.TemporaryFile() for _ in range(ranks - 1))]
-    for rank in range(ranks):
-        values = (str(rank), str(ranks), str(rank), "127.0.0.1", str(port))
-        environment = {**os.environ, **dict(zip(VARIABLES, values, strict=True))}
-        environment.setdefault("OMP_NUM_THREADS", str(threads))
-        environment = {**MALLOC, **environment}
-        processes.append(
-            subprocess.Popen(
-                [sys.executable, "-m", "launch.cli", *arguments],
-                env=environment,
-                stdout=outputs[rank],
-                stderr=outputs[rank],
-            )
-        )
-    failed = _wait(processes)
-    if failed is None:
-        return 0
-    output = outputs[failed]
-    if output is not None and processes[failed].returncode not in (85, -15):
-        output.seek(0)
-        tail = output.read().decode(errors="replace").splitlines()[-20:]
-        click.echo("\n".join(f"[rank {failed}] {line}" for line in tail), err=True)
-    code = processes[failed].returncode
-    return code if code > 0 else 128 - code
+    port, threads = free_port(), max(1, (os.cpu_count() or 1) // ranks)
+    with ExitStack() as open_files:
+        outputs: list[BinaryIO | None] = [None]  # rank 0 speaks; what another one said is shown if it failed first
+        outputs += [open_files.enter_context(tempfile.TemporaryFile()) for _ in range(1, ranks)]
+        processes = []
+        for rank, output in enumerate(outputs):
+            values = (str(rank), str(ranks), str(rank), "127.0.0.1", str(port))
+            environment = {**MALLOC, "OMP_NUM_THREADS": str(threads), **os.environ}
+            environment.update(zip(VARIABLES, values, strict=True))
+            command = [sys.executable, "-m", "launch.cli", *arguments]
+            processes.append(subprocess.Popen(command, env=environment, stdout=output, stderr=output))
+        failed = _wait(processes)
+        if failed is None:
+            return 0
+        output, code = outputs[failed], processes[failed].returncode
+        if output is not None and code not in (STOPPED, -signal.SIGTERM):
+            output.seek(0)
+            lines = output.read().decode(errors="replace").splitlines()[-20:]
+            click.echo("\n".join(f"[rank {failed}] {line}" for line in lines), err=True)
+        return code if code > 0 else 128 - code
 
 
 def _wait(processes: list[subprocess.Popen[bytes]]) -> int | None:
     """The rank that failed first, None if all ended well. A signal to this process is passed on to the ranks."""
-    import signal
-
     passed_on = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-    before = {
-        s: signal.signal(s, lambda number, _: [p.send_signal(number) for p in processes if p.poll() is None])
-        for s in passed_on
-    }
+
+    def pass_on(number: int, frame: object) -> None:
+        for process in processes:
+            if process.poll() is None:
+                process.send_signal(number)
+
+    before = {s: signal.signal(s, pass_on) for s in passed_on}
     failed: int | None = None
     try:
         while any(p.poll() is None for p in processes):
             for rank, process in enumerate(processes):
                 if process.poll() not in (None, 0) and failed is None:
                     failed = rank
-                    _end([p for p in processes if p.poll() is None], grace=20 if process.returncode == 85 else 5)
+                    _end([p for p in processes if p.poll() is None], grace=20 if process.returncode == STOPPED else 5)
             time.sleep(0.05)
         codes = [p.returncode for p in processes]
         if failed is None:

@@ -14,13 +14,14 @@ import click
 @click.option("--text-tokens", default=None, type=int, help="Default 154, as SD3; the small presets' own 24.")
 def command(preset: str | None, as_json: bool, size: int | None, text_tokens: int | None) -> None:
     """List the model presets (or PRESET) with parameters and FLOPs a sample."""
+    from stack.config import validate
     from stack.models.flops import flops_per_sample
     from stack.models.mmdit import MMDiTConfig
     from stack.models.presets import PRESETS, parameter_counts
 
     rows = []
     for name in [preset] if preset else PRESETS:
-        config = MMDiTConfig.model_validate({"preset": name}) if name in PRESETS else _unknown(name)
+        config = validate(MMDiTConfig, {"preset": name}, "mmdit model")
         small = not name.startswith("sd3")
         side, tokens = size or (32 if small else 1024), text_tokens or (24 if small else 154)
         image_tokens = (side // (4 if small else 8) // config.patch_size) ** 2
@@ -49,7 +50,7 @@ def command(preset: str | None, as_json: bool, size: int | None, text_tokens: in
     table = Table("preset", *(["depth", "width", "heads", "parameters", "with table", "tokens", "TFLOP fwd+bwd"]))
     for row in rows:
         table.add_row(
-            row["preset"],
+            str(row["preset"]),
             *(str(row[key]) for key in ("depth", "width", "heads")),
             f"{row['parameters']:,}",
             f"{row['parameters_with_position_table']:,}",
@@ -57,10 +58,3 @@ def command(preset: str | None, as_json: bool, size: int | None, text_tokens: in
             f"{row['forward_backward_tflop']:.4g}",
         )
     Console(width=120).print(table)
-
-
-def _unknown(name: str) -> None:
-    from stack.models.presets import resolve
-
-    resolve({"preset": name})
-    raise AssertionError("resolve names the nearest preset")

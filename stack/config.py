@@ -39,7 +39,7 @@ def load(schema: type[C], path: str | Path | None = None, overrides: Sequence[st
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    merged = _read(Path(path).resolve(), ()) if path is not None else OmegaConf.create({})
+    merged: Any = _read(Path(path).resolve(), ()) if path is not None else OmegaConf.create({})
     for override in overrides:
         key, equals, _ = override.partition("=")
         if not equals or not key:
@@ -54,7 +54,7 @@ def load(schema: type[C], path: str | Path | None = None, overrides: Sequence[st
 
 
 def _read(path: Path, above: tuple[Path, ...]) -> Any:
-    from omegaconf import OmegaConf
+    from omegaconf import DictConfig, OmegaConf
 
     if path in above:
         raise UserError(f"{path}: `base:` goes round in a circle: {' -> '.join(map(str, (*above, path)))}")
@@ -64,10 +64,10 @@ def _read(path: Path, above: tuple[Path, ...]) -> Any:
         raise UserError(f"{path}: no such configuration file") from None
     except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read as YAML: {_first_line(error)}") from None
-    if not OmegaConf.is_dict(own):
+    if not isinstance(own, DictConfig):
         raise UserError(f"{path}: expected key: value pairs at the top level")
     bases = own.pop("base", [])
-    merged = OmegaConf.create({})
+    merged: Any = OmegaConf.create({})
     for base in [bases] if isinstance(bases, str) else bases:
         merged = OmegaConf.merge(merged, _read((path.parent / base).resolve(), (*above, path)))
     return OmegaConf.merge(merged, own)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as tdist
 
+_alone: dict[str, str] = {}  # variables that `init` set for a process without a launcher
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -35,7 +36,8 @@ def init(timeout_minutes: float = 30) -> None:
     if tdist.is_initialized():
         return
     if "RANK" not in os.environ:
-        os.environ.update(single_process())
+        _alone.update(single_process())
+        os.environ.update(_alone)
     missing = [name for name in VARIABLES if name not in os.environ]
     if missing:
         raise RuntimeError(f"the launcher did not set {', '.join(missing)}")
@@ -46,8 +48,11 @@ def init(timeout_minutes: float = 30) -> None:
 
 
 def shutdown() -> None:
+    """Leave the process group, and take back what `init` set in the environment."""
     if tdist.is_initialized():
         tdist.destroy_process_group()
+    while _alone:
+        os.environ.pop(_alone.popitem()[0], None)
 
 
 def rank() -> int:

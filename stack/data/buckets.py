@@ -44,7 +44,7 @@ def buckets_for(resolution: int, max_ratio: float = 2.0, multiple: int = SIDE_MU
     """Square, wide and tall buckets of at most resolution² pixels, the squarest first.
 
     The shorter side goes down from `resolution` in steps of about a sixteenth (at least `multiple`), the longer is as
-    long as the area allows, up to `max_ratio`: 32×32, 40×24, 24×40 at 32; thirteen or so at 1024.
+    long as the area allows, up to `max_ratio`: 32×32, 40×24, 24×40 at 32; nine buckets at 1024.
     """
     if resolution <= 0 or resolution % multiple:
         raise UserError(f"resolution {resolution} is not a positive multiple of {multiple}")

@@ -16,12 +16,15 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from stack import dist
 from stack.config import Config, UserError
 from stack.data.buckets import BucketRule, buckets_for
 from stack.data.images import decode_image, to_bucket
 from stack.data.plan import BatchPlan, Draw, StepSampler
+from stack.data.safety import DecodeError, Rejected, RejectLog
 from stack.data.schema import MANIFEST, EncodedSample, load_manifest, sample_from_bytes
 from stack.data.shards import ShardReader, ShardSet, index_shards
+from stack.log import say
 from stack.text.conditioning import TextBatch, collate
 
 
@@ -159,7 +162,9 @@ class LatentDataset(ShardData):
         shards = ShardSet(index_shards(config.path))
         found, expected = shards.num_samples, self.manifest.samples
         if found != expected:
-            raise UserError(f"{config.path / MANIFEST} counts {expected} samples, the shards hold {found}: encode again")
+            raise UserError(
+                f"{config.path / MANIFEST} counts {expected} samples, the shards hold {found}: encode again"
+            )
         factor = self.manifest.latent_factor
         sides = [(width // factor, height // factor) for width, height in self.manifest.buckets]
         buckets = np.array([sides.index((w, h)) for w, h in zip(shards.width, shards.height, strict=True)])
@@ -182,18 +187,45 @@ class LatentDataset(ShardData):
 class ImageDataset(ShardData):
     """Raw images, resized and cropped to their buckets."""
 
-    def __init__(self, config: ImageData, seed: int):
+    def __init__(self, config: ImageData, seed: int, rejected: RejectLog):
+        self._log = rejected
+        self._listed: set[tuple[str, str]] = set()
         shards = ShardSet(index_shards(config.source, config.index))
+        if dist.rank() == 0:
+            for index in shards.indices:
+                for broken in index.rejected:
+                    self._reject(index.path.name, broken)
         self._rule: BucketRule = buckets_for(config.resolution)
         self.sides = self._rule.buckets
+        if not shards.width.all() or any("safetensors" in index.lengths for index in shards.indices):
+            raise UserError(f"data.source: {config.source} holds pre-encoded shards; name raw ones")
         buckets = self._rule.assign(shards.width, shards.height)
         super().__init__(shards, buckets, np.zeros(len(buckets), np.int64), config, seed)
 
     def _load(self, sample: int) -> Tensor:
-        shard, row = self.shards.locate(sample)
-        image = decode_image(self._reader.read(shard, row, self.shards.indices[shard].image_extension(row)))
-        pixels = to_bucket(image, self._rule.buckets[self._buckets[sample]])
-        return torch.from_numpy(pixels).permute(2, 0, 1).float() / 127.5 - 1
+        """[3, H, W] in −1…1. An image whose pixels are broken is listed, and the next one of its bucket stands in."""
+        for candidate in self._candidates(sample):
+            shard, row = self.shards.locate(candidate)
+            index = self.shards.indices[shard]
+            try:
+                image = decode_image(self._reader.read(shard, row, index.image_extension(row)))
+            except DecodeError as error:
+                self._reject(index.path.name, Rejected(str(index.keys[row]), str(error)))
+                continue
+            pixels = to_bucket(image, self._rule.buckets[self._buckets[sample]])
+            return torch.from_numpy(pixels).permute(2, 0, 1).float() / 127.5 - 1
+        raise UserError(f"{self.shards.indices[0].path.parent}: not one image of a bucket can be decoded")
+
+    def _candidates(self, sample: int) -> Iterator[int]:
+        yield sample
+        alike = np.flatnonzero(self._buckets == self._buckets[sample])
+        yield from np.roll(alike, -int(np.searchsorted(alike, sample)) - 1).tolist()
+
+    def _reject(self, shard: str, rejected: Rejected) -> None:
+        if (shard, rejected.key) not in self._listed:
+            self._listed.add((shard, rejected.key))
+            self._log.add(shard, rejected.key, rejected.reason)
+            say(f"{shard}: {rejected.key}: {rejected.reason}: left out")
 
     def collate(self, items: Sequence[Item]) -> ImageBatch:
         return ImageBatch(

@@ -208,8 +208,8 @@ def _measure(file: BinaryIO, group: dict[str, Member]) -> tuple[int, int, int]:
         return width, height, max((shape[0] for shape in shapes.values() if len(shape) == 2), default=0)
     image = next((group[extension] for extension in safety.IMAGE_EXTENSIONS if extension in group), None)
     if image is None:
-        others = ", ".join(sorted(group))
-        raise DecodeError(f"no image: only .{others} (a key ends at the first dot of the name)")
+        others = ", ".join(f".{extension}" for extension in sorted(group))
+        raise DecodeError(f"no image: only {others} (a key ends at the first dot of the name)")
     if "txt" not in group:
         raise DecodeError("no caption")
     caption = safety.read_caption(read(group["txt"]))
@@ -252,9 +252,8 @@ def find_shards(source: str | Path) -> list[Path]:
         else:
             found = [pattern] if os.path.exists(pattern) else glob.glob(pattern)
         if not found:
-            raise UserError(
-                f"{pattern}: " + ("no *.tar in this folder" if os.path.isdir(pattern) else "no such shards")
-            )
+            problem = "no *.tar in this folder" if os.path.isdir(pattern) else "no such folder or shard"
+            raise UserError(f"{pattern}: {problem}")
         paths.update(found)
     return [Path(path) for path in sorted(paths)]
 

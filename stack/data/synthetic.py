@@ -30,7 +30,11 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "purple": (190, 40, 215),
     "cyan": (40, 205, 225),
 }
-BACKGROUNDS: dict[str, tuple[int, int, int]] = {"white": (245, 245, 245), "grey": (128, 128, 128), "black": (15, 15, 15)}
+BACKGROUNDS: dict[str, tuple[int, int, int]] = {
+    "white": (245, 245, 245),
+    "grey": (128, 128, 128),
+    "black": (15, 15, 15),
+}
 RADII: dict[str, tuple[float, float]] = {"small": (0.160, 0.175), "large": (0.230, 0.250)}  # shares of the mean side
 POSITIONS: dict[str, tuple[int, int]] = {  # the direction from the image's middle, y downwards
     "left": (-1, 0),
@@ -52,12 +56,13 @@ HELD_OUT: tuple[tuple[str, str], ...] = (
     ("purple", "cross"),
 )
 
-BORDER = 1 / 8  # a centre further than this from the middle (share of the side) has left the middle third
+BORDER = 1 / 8  # a centre further than this from the middle (share of the side) has left the middle field
 _OFFSET = 0.2  # the least distance of a drawn shape's centre from the middle where it's called left, right, top, bottom
 _JITTER = 0.06  # the most that a drawn centre strays across its position's direction
 _MARGIN = 1 / 32  # free space between a shape and the image's edge, a share of the mean side
 _GAP = 2 / 32  # the least space between two shapes
 _OVERSAMPLING = 8
+_SIZES_OF_TWO = (("small", "small"), ("small", "large"), ("large", "small"))  # two large ones have no room
 
 
 def _regular(num_points: int, *radii: float) -> np.ndarray:
@@ -69,28 +74,34 @@ def _regular(num_points: int, *radii: float) -> np.ndarray:
     return 2 * (points - low) / (high - low) - 1
 
 
-_ARM = 0.36  # half the width of the cross's arms
+def _cross(arm: float) -> np.ndarray:
+    """Points [12, 2] of a cross in the box [-1, 1]²; `arm` is half the width of its arms."""
+    corners = [(-arm, -1.0), (arm, -1.0), (arm, -arm)]
+    outline = []
+    for _ in range(4):
+        outline += corners
+        corners = [(-y, x) for x, y in corners]  # a quarter turn clockwise
+    return np.array(outline)
+
+
 OUTLINES: dict[str, np.ndarray] = {  # polygons [N, 2] in the box [-1, 1]², y downwards
     "circle": _regular(64, 1),
     "square": np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)], dtype=float),
     "triangle": np.array([(0, -1), (1, 1), (-1, 1)], dtype=float),
     "star": _regular(10, 1, 0.5),
-    "cross": np.array(
-        [(-_ARM, -1), (_ARM, -1), (_ARM, -_ARM), (1, -_ARM), (1, _ARM), (_ARM, _ARM)]
-        + [(_ARM, 1), (-_ARM, 1), (-_ARM, _ARM), (-1, _ARM), (-1, -_ARM), (-_ARM, -_ARM)]
-    ),
+    "cross": _cross(0.36),
 }
 PAIRS = tuple((colour, kind) for colour in COLOURS for kind in OUTLINES if (colour, kind) not in HELD_OUT)
 
 
 @dataclass(frozen=True)
 class Shape:
-    """One shape. `centre` is that of its box, (x, y) in 0…1 with y downwards; `radius` is half its box's side, as a
-    share of the image's mean side (width + height) / 2."""
+    """One shape. `size` is a key of `RADII`; `centre` is that of its box, (x, y) in 0…1 with y downwards; `radius` is
+    half its box's side, as a share of the image's mean side (width + height) / 2."""
 
     kind: str
     colour: str
-    size: Literal["small", "large"]
+    size: str
     centre: tuple[float, float]
     radius: float
 
@@ -143,8 +154,8 @@ def relation_of(first: tuple[float, float], second: tuple[float, float], size: t
 
 
 def buckets(resolution: int) -> dict[str, tuple[int, int]]:
-    """(width, height) by bucket: 32 gives 32×32, 40×24 and 24×40. `resolution` is a multiple of 32, so that each side is
-    one of 8; it's also the mean side of each bucket."""
+    """(width, height) by bucket: 32 gives 32×32, 40×24 and 24×40. `resolution`, the mean side of each, is a multiple of
+    32, which makes every side one of 8."""
     long, short = resolution * 5 // 4, resolution * 3 // 4
     return {"square": (resolution, resolution), "wide": (long, short), "tall": (short, long)}
 
@@ -189,6 +200,8 @@ def sample_scene(
     pair    (colour, kind) of the only shape, or of either one of the two; never one of `HELD_OUT` unless given.
     place   position (one shape) or relation (two shapes).
     bucket  a key of `buckets`.
+
+    Raises ValueError where `bucket` has no room at `place`: two shapes aren't stacked in a wide image.
     """
     pair = pair or rng.choice(PAIRS)
     pairs = [pair]
@@ -196,7 +209,7 @@ def sample_scene(
         pairs.append(rng.choice([other for other in PAIRS if other[0] != pair[0]]))
         rng.shuffle(pairs)
     background = rng.choice(list(BACKGROUNDS))
-    while True:  # until the shapes have room: a large one has no place at the top of a wide image
+    for _ in range(1000):  # until the shapes have room: a large one has no place at the top of a wide image
         chosen = bucket or rng.choice(("square", "square", "wide", "tall"))
         size = buckets(resolution)[chosen]
         where = place or rng.choice(list(POSITIONS if num_shapes == 1 else RELATIONS))
@@ -209,9 +222,9 @@ def sample_scene(
                 for (colour, kind), name, (x, y), radius in zip(pairs, sizes, centres, radii, strict=True)
             )
             return Scene(background, tuple(shapes), size)
+    raise ValueError(f"no room for {num_shapes} shapes with place={place!r} in bucket={bucket!r}")
 
 
-_SIZES_OF_TWO = (("small", "small"), ("small", "large"), ("large", "small"))  # two large ones have no room
 _Centres = list[tuple[float, float]]
 
 
@@ -234,10 +247,10 @@ def _two_centres(rng: random.Random, relation: str, radii: list[float], size: tu
     spare = side - 2 * sum(radii) - 2 * _MARGIN - _GAP
     if spare < 0:
         return None
-    before, between = sorted((rng.uniform(0, spare), rng.uniform(0, spare)))
+    before, until = sorted((rng.uniform(0, spare), rng.uniform(0, spare)))
     near, far = radii if first_comes_first else radii[::-1]
     start = _MARGIN + before + near
-    along = [start, start + near + _GAP + (between - before) + far]
+    along = [start, start + near + _GAP + (until - before) + far]
     centres = []
     for position in along if first_comes_first else along[::-1]:
         across = 0.5 + rng.uniform(-_JITTER, _JITTER)
@@ -248,8 +261,8 @@ def _two_centres(rng: random.Random, relation: str, radii: list[float], size: tu
 def evaluation_prompts(
     num: int, seed: int, *, num_shapes: int, held_out: bool, resolution: int = 32, bucket: str = "square"
 ) -> list[Scene]:
-    """Scenes to ask a model for (with `prompt`), of one bucket. Each pair (the held-out ones, or those of training) and
-    each position or relation stands equally often, up to one; all combinations come before any is repeated."""
+    """Scenes to ask a model for (with `prompt`), all of one bucket. The pairs (the held-out ones, or those of training)
+    take turns, and so do the positions or relations: no combination is repeated before all have stood once."""
     rng = random.Random(f"evaluation {seed} {num_shapes} {held_out}")
     pairs = list(HELD_OUT if held_out else PAIRS)
     rng.shuffle(pairs)
@@ -316,11 +329,11 @@ def caption(scene: Scene, rng: random.Random) -> str:
 class SynthConfig(Config):
     """Which scenes are drawn: everything but the folder they go to."""
 
-    num_samples: int = pydantic.Field(12000, ge=1)
-    samples_per_shard: int = pydantic.Field(1000, ge=1)
-    resolution: int = pydantic.Field(32, ge=32, multiple_of=32)
+    num_samples: int = pydantic.Field(default=12000, ge=1)
+    samples_per_shard: int = pydantic.Field(default=1000, ge=1)
+    resolution: int = pydantic.Field(default=32, ge=32, multiple_of=32)
     seed: int = 0
-    two_shape_share: float = pydantic.Field(0.35, ge=0, le=1)
+    two_shape_share: float = pydantic.Field(default=0.35, ge=0, le=1)
     image_format: Literal["png", "webp"] = "png"
 
 
@@ -339,6 +352,8 @@ def write_shards(out: Path, config: SynthConfig, progress: Callable[[int], None]
     where it was stopped, and ends with the same bytes. `progress` is called with the number of samples done so far.
     Raises UserError if `out` holds shards that were not drawn with these settings.
     """
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out}: not a folder; choose another for the shards")
     out.mkdir(parents=True, exist_ok=True)
     _refuse_other_shards(out, config)
     for shard, start in enumerate(range(0, config.num_samples, config.samples_per_shard)):

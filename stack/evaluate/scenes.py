@@ -1,8 +1,8 @@
 """The judge of drawn scenes: finds the coloured shapes on a plain ground and compares them with what was asked for.
 
-Every pixel is read as a mixture of the ground and one colour of the palette, p = g + α (c − g). Where α exceeds one half
-stands a shape; a connected piece's kind is the outline whose rendering overlaps best with α. Nothing here is learnt, and
-the image is read before the scene is looked at.
+Every pixel is read as a mixture of the ground and one colour of the palette, p = g + α (c − g). Where α exceeds one
+half stands a shape; a connected piece's kind is the outline whose rendering overlaps best with α. Nothing here is
+learnt, and the image is read before the scene is looked at.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from stack.data.synthetic import COLOURS, OUTLINES, RADII, Scene, coverage, posi
 _PALETTE = np.array(list(COLOURS.values()), dtype=np.float32)
 _COLOUR_RADIUS = 90.0  # RGB distance beyond which a pixel has no colour of the palette
 _COLOUR_SHARE = 0.6  # of a shape's core pixels must have its colour
-_LEAST_OVERLAP = 0.65  # intersection over union below which a piece has no kind
-_BLUR = 1.1
+_LEAST_OVERLAP = 0.75  # intersection over union below which a piece has no kind
+_BLUR = 0.025  # of the mean side: the softness of outlines that counts as the shape all the same
 _LEAST_AREA = 0.3  # of the smallest drawn shape's area; less is a speck and no object
 
 
@@ -68,75 +68,79 @@ def detect(image: np.ndarray) -> list[Detection]:
     pixels = image.astype(np.float32)
     ground = np.median(np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]]), axis=0)
     least_area = _LEAST_AREA * _SMALLEST * ((width + height) / 2) ** 2
-    stands_out = _unmix(pixels, ground) > 0.5
+    stands_out = _best_mixture(pixels, ground, _PALETTE) > 0.5
     return [_describe(pixels, ground, piece) for piece in _pieces(stands_out) if piece.sum() >= least_area]
 
 
-def _mixture(pixels: np.ndarray, ground: np.ndarray, colour: np.ndarray) -> np.ndarray:
-    """α of p = g + α (c − g) by least squares, in 0…1."""
-    direction = colour - ground
-    return np.clip((pixels - ground) @ direction / max(direction @ direction, 1.0), 0, 1)
-
-
-def _unmix(pixels: np.ndarray, ground: np.ndarray) -> np.ndarray:
-    """α of the palette's colour that explains a pixel best, [height, width]."""
-    alphas = np.stack([_mixture(pixels, ground, colour) for colour in _PALETTE])
-    mixed = ground + alphas[..., None] * (_PALETTE[:, None, None] - ground)
-    best = np.square(mixed - pixels).sum(axis=-1).argmin(axis=0)
-    return np.take_along_axis(alphas, best[None], axis=0)[0]
+def _best_mixture(pixels: np.ndarray, ground: np.ndarray, colours: np.ndarray) -> np.ndarray:
+    """α in 0…1, [height, width], of that one of `colours` [K, 3] with which g + α (c − g) comes nearest to a pixel."""
+    directions = colours - ground
+    lengths = np.square(directions).sum(axis=1) + 1e-6
+    products = (pixels - ground) @ directions.T
+    alphas = np.clip(products / lengths, 0, 1)
+    error = alphas**2 * lengths - 2 * alphas * products  # ‖p − g − α (c − g)‖² − ‖p − g‖²
+    return np.take_along_axis(alphas, error.argmin(axis=-1)[..., None], axis=-1)[..., 0]
 
 
 def _pieces(mask: np.ndarray) -> list[np.ndarray]:
-    """The connected pieces (over edges) of a mask, as masks: each pixel takes its neighbours' greatest number until
-    nothing changes."""
-    labels = np.where(mask, np.arange(1, mask.size + 1).reshape(mask.shape), 0)
-    while True:
-        before = labels
-        padded = np.pad(labels, 1)
-        sides = (padded[1:-1, 1:-1], padded[:-2, 1:-1], padded[2:, 1:-1], padded[1:-1, :-2], padded[1:-1, 2:])
-        labels = np.where(mask, np.maximum.reduce(sides), 0)
-        if np.array_equal(labels, before):
-            return [labels == label for label in np.unique(labels[mask])]
+    """The connected pieces (over edges) of a mask, as masks, by flood fill."""
+    padded = np.pad(mask, 1)  # so that no neighbour of a pixel lies beyond the row's end
+    stride = padded.shape[1]
+    unvisited = set(np.flatnonzero(padded).tolist())
+    pieces = []
+    while unvisited:
+        piece = np.zeros(padded.size, dtype=bool)
+        frontier = [unvisited.pop()]
+        while frontier:
+            pixel = frontier.pop()
+            piece[pixel] = True
+            near = {pixel - 1, pixel + 1, pixel - stride, pixel + stride} & unvisited
+            unvisited -= near
+            frontier.extend(near)
+        pieces.append(piece.reshape(padded.shape)[1:-1, 1:-1])
+    return pieces
 
 
 def _describe(pixels: np.ndarray, ground: np.ndarray, piece: np.ndarray) -> Detection:
     height, width = piece.shape
     rows, columns = np.flatnonzero(piece.any(axis=1)), np.flatnonzero(piece.any(axis=0))
     top, bottom, left, right = rows[0], rows[-1] + 1, columns[0], columns[-1] + 1
-    index = _colour_index(pixels[piece_core(piece)])
-    colour = list(COLOURS)[index] if index is not None else None
-    tint = _PALETTE[index] if index is not None else np.median(pixels[piece], axis=0)
-    # One pixel around the piece belongs to it too: there lies the rest of its anti-aliased edge.
-    window = slice(max(top - 1, 0), bottom + 1), slice(max(left - 1, 0), right + 1)
-    alpha = _mixture(pixels[window], ground, tint) * _grown(piece)[window]
-    kind, overlap = _best_kind(alpha, (width + height) / 64)
     centre = (float(left + right) / 2 / width, float(top + bottom) / 2 / height)
+    colour = _colour(pixels[_core(piece)])
+    tint = np.median(pixels[piece], axis=0) if colour is None else np.array(COLOURS[colour], dtype=np.float32)
+    # One more pixel around the piece: there lies the outer half of its anti-aliased edge.
+    window = slice(max(top - 1, 0), bottom + 1), slice(max(left - 1, 0), right + 1)
+    alpha = _best_mixture(pixels[window], ground, tint[None]) * _grown(piece)[window]
+    kind, overlap = _best_kind(alpha, _BLUR * (width + height) / 2)
     return Detection(kind if overlap >= _LEAST_OVERLAP else None, colour, centre, overlap)
 
 
-def _grown(mask: np.ndarray) -> np.ndarray:
-    """The mask and all pixels that touch it, corners included."""
-    padded = np.pad(mask, 1)
-    tall = padded[:-2] | padded[1:-1] | padded[2:]
-    return tall[:, :-2] | tall[:, 1:-1] | tall[:, 2:]
-
-
-def piece_core(piece: np.ndarray) -> np.ndarray:
-    """The piece without its rim, where the ground shines through; the piece itself if that leaves nothing."""
+def _core(piece: np.ndarray) -> np.ndarray:
+    """The piece without its rim, where the ground shines through; all of it if nothing else is left."""
     padded = np.pad(piece, 1)
     core = piece & padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
     return core if core.any() else piece
 
 
-def _colour_index(pixels: np.ndarray) -> int | None:
+def _grown(piece: np.ndarray) -> np.ndarray:
+    """The piece and all pixels that touch it, at corners too."""
+    padded = np.pad(piece, 1)
+    tall = padded[:-2] | padded[1:-1] | padded[2:]
+    return tall[:, :-2] | tall[:, 1:-1] | tall[:, 2:]
+
+
+def _colour(pixels: np.ndarray) -> str | None:
+    """The name that most of `pixels` [N, 3] vote for, if there are enough of them."""
     distances = np.linalg.norm(pixels[:, None] - _PALETTE, axis=-1)
-    votes = np.bincount(distances.argmin(axis=1)[distances.min(axis=1) < _COLOUR_RADIUS], minlength=len(_PALETTE))
-    return int(votes.argmax()) if votes.max() >= _COLOUR_SHARE * len(pixels) else None
+    votes = distances.argmin(axis=1)[distances.min(axis=1) < _COLOUR_RADIUS]
+    counts = np.bincount(votes, minlength=len(_PALETTE))
+    return list(COLOURS)[counts.argmax()] if counts.max() >= _COLOUR_SHARE * len(pixels) else None
 
 
-def _best_kind(alpha: np.ndarray, unit: float) -> tuple[str, float]:
-    """The kind whose outline, of the same area and centroid as `alpha` [height, width], has the greatest intersection
-    over union with it, and that ratio."""
+def _best_kind(alpha: np.ndarray, blur: float) -> tuple[str, float]:
+    """The kind whose outline, with the area and centroid of `alpha` [height, width], has the greatest intersection over
+    union with it, and that ratio. Each outline is tried sharp and blurred (by `blur` pixels): an image that went
+    through an autoencoder is soft, and beside sharp outlines a soft star is likest a square."""
     height, width = alpha.shape
     area = float(alpha.sum())
     rows, columns = np.indices(alpha.shape) + 0.5
@@ -144,28 +148,28 @@ def _best_kind(alpha: np.ndarray, unit: float) -> tuple[str, float]:
     overlaps = {}
     for kind, (unit_area, unit_centroid) in _MOMENTS.items():
         radius = float(np.sqrt(area / unit_area))
-        x, y = centroid - radius * unit_centroid
-        sharp = coverage(kind, float(x), float(y), radius, (width, height))
-        overlaps[kind] = max(_overlap(alpha, template) for template in (sharp, _blurred(sharp, unit)))
+        x, y = (centroid - radius * unit_centroid).tolist()
+        sharp = coverage(kind, x, y, radius, (width, height))
+        overlaps[kind] = max(_overlap(alpha, sharp), _overlap(alpha, _blurred(sharp, blur)))
     kind = max(overlaps, key=overlaps.__getitem__)
     return kind, overlaps[kind]
 
 
-def _overlap(alpha: np.ndarray, template: np.ndarray) -> float:
-    return float(np.minimum(alpha, template).sum() / np.maximum(alpha, template).sum())
+def _overlap(first: np.ndarray, second: np.ndarray) -> float:
+    return float(np.minimum(first, second).sum() / np.maximum(first, second).sum())
 
 
-def _blurred(coverage: np.ndarray, unit: float) -> np.ndarray:
-    blurred = Image.fromarray((coverage*255).round().astype(np.uint8)).filter(ImageFilter.GaussianBlur(_BLUR * unit))
-    return np.asarray(blurred, dtype=np.float32)/255
+def _blurred(covered: np.ndarray, sigma: float) -> np.ndarray:
+    picture = Image.fromarray((covered * 255).round().astype(np.uint8))
+    return np.asarray(picture.filter(ImageFilter.GaussianBlur(sigma)), dtype=np.float32) / 255
 
 
 def judge(image: np.ndarray, scene: Scene) -> Verdict:
     """Whether an image, uint8 [height, width, 3], shows what `prompt(scene)` asks for.
 
-    The image must hold as many objects as the scene has shapes, or nothing of it is right. One shape's position is right
-    if the centre of its box lies in the field of that name (`position_of`: the middle fields of a 3×3 grid with its
-    borders at 3/8 and 5/8, and no corner); two shapes' relation if `relation_of` gives the same word.
+    The image must hold as many objects as the scene has shapes, or nothing of it is right. One shape's position is
+    right if the centre of its box lies in the field of that name (`position_of`: the middle fields of a 3×3 grid with
+    its borders at 3/8 and 5/8, and no corner); two shapes' relation if `relation_of` gives the same word.
     """
     found = detect(image)
     if len(found) != len(scene.shapes):

@@ -14,6 +14,7 @@ from stack import config as configuration
 from stack import dist
 from stack.config import UserError
 from stack.data.dataset import ImageData, ImageDataset
+from stack.data.safety import RejectLog
 from stack.flow.noise import NoisePlan
 from stack.log import publish
 from stack.train import autoencoder, snapshot
@@ -58,7 +59,7 @@ def _autoencoder(run: Path, snap: snapshot.Snapshot, out: Path, num_samples: int
     codec = autoencoder.build(AutoencoderConfig(**snap.metadata["autoencoder"]), seed=0)
     codec.load_state_dict(snap.weights)
     codec = codec.to(dist.device()).eval()
-    data = ImageDataset(config.data, config.run.seed)
+    data = ImageDataset(config.data, config.run.seed, RejectLog(run / "rejected.jsonl"))
     steps = -(-num_samples // config.data.batch_size)
     positions, total, squares = 0, torch.zeros(codec.channels), torch.zeros(codec.channels)
     total, squares = total.double(), squares.double()

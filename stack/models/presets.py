@@ -28,7 +28,7 @@ ROWS: dict[str, tuple[Any, ...]] = {
     "sd3-d30-qknorm": (30,  1920,  30,    16,  4096,  2048, True,    192,  64),
     "sd3-d38":        (38,  2432,  38,    16,  4096,  2048, False,   192,  64),
     "sd3-d38-qknorm": (38,  2432,  38,    16,  4096,  2048, True,    192,  64),
-    "mmdit-demo":     ( 6,   160,   5,     8,   128,   128, True,     16,  16),
+    "mmdit-demo":     ( 4,   192,   3,     8,   128,   128, True,     16,  16),
     "mmdit-test":     ( 2,    64,   2,     4,    32,    32, True,     16,  16),
 }
 # fmt: on
@@ -43,11 +43,11 @@ def resolve(values: Mapping[str, Any]) -> dict[str, Any]:
     name = values.get("preset")
     if name is None:
         return dict(values)
-    if name not in PRESETS:
+    if str(name) not in PRESETS:  # a list would not hash
         near = difflib.get_close_matches(str(name), PRESETS, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}?" if near else f"known presets: {', '.join(PRESETS)}"
         raise UserError(f"unknown preset {name!r}, {hint}")
-    return {**PRESETS[name], **values}
+    return {**PRESETS[str(name)], **values}
 
 
 def parameter_counts(config: MMDiTConfig) -> tuple[int, int]:

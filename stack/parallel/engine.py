@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from stack import dist
 from stack.config import Config, UserError
+from stack.nn.linear import decay_groups
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -85,8 +86,10 @@ class Engine(Protocol):
     dtype: torch.dtype
     partitions: list[Partition]
     shapes: dict[str, torch.Size]
-    optimizer: torch.optim.Optimizer
-    """The optimizer that steps the partitions."""
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """The one that steps the partitions."""
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate the gradient of one micro-batch's mean loss."""
@@ -158,17 +161,9 @@ def adamw_arguments(config: OptimConfig) -> dict[str, Any]:
 
 
 def parameter_groups(network: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
-    """Two groups, with and without weight decay, as the modules tagged their parameters (default: matrices decay)."""
-
-    def decays(parameter: nn.Parameter) -> bool:
-        return bool(getattr(parameter, "decay", parameter.ndim > 1))
-
-    trained = [p for p in network.parameters() if p.requires_grad]
-    groups = (
-        {"params": [p for p in trained if decays(p)], "weight_decay": config.weight_decay},
-        {"params": [p for p in trained if not decays(p)], "weight_decay": 0.0},
-    )
-    return [group for group in groups if group["params"]]
+    """Two groups, with and without weight decay, as the network's modules tagged their parameters."""
+    groups = zip(decay_groups(network), (config.weight_decay, 0.0), strict=True)
+    return [{"params": [p for _, p in named], "weight_decay": decay} for named, decay in groups if named]
 
 
 class LocalEngine:

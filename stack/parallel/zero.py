@@ -61,7 +61,9 @@ class ZeroEngine:
         self._stage = parallel.zero_stage
         bf16 = self.dtype == torch.bfloat16
         if bf16 and self._stage == 0:
-            raise UserError("parallel.zero_stage=0 with bf16 has no fp32 partitions: use zero_stage=1 or precision=fp32")
+            raise UserError(
+                "parallel.zero_stage=0 with bf16 has no fp32 partitions: use zero_stage=1 or precision=fp32"
+            )
         network = network.to(device)
         self.shapes = {name: p.shape for name, p in network.named_parameters() if p.requires_grad}
         groups = parameter_groups(network, optim)

@@ -23,7 +23,16 @@ from stack.config import Config, UserError
 from stack.data.buckets import BucketRule, buckets_for
 from stack.data.images import decode_image, to_bucket
 from stack.data.safety import DecodeError, read_caption
-from stack.data.schema import DTYPES, MANIFEST, EncodedSample, Manifest, ShardRecord, load_manifest, text_tensors, to_bytes
+from stack.data.schema import (
+    DTYPES,
+    MANIFEST,
+    EncodedSample,
+    Manifest,
+    ShardRecord,
+    load_manifest,
+    text_tensors,
+    to_bytes,
+)
 from stack.data.shards import ShardReader, ShardSet, index_shards
 from stack.log import progress, publish, say
 from stack.preencode.writer import ShardWriter, lock, stats_path, sweep

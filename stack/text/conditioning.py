@@ -99,7 +99,8 @@ def join(
     """
     everyone_B = torch.ones(len(batch.pooled_BD), dtype=torch.bool, device=batch.pooled_BD.device)
     keep_t5_B, keep_clip_l_B, keep_clip_g_B = (
-        everyone_B if keep_B is None else keep_B for keep_B in (keep_t5_B, keep_clip_l_B, keep_clip_g_B)
+        everyone_B if keep_B is None else keep_B.to(everyone_B.device)
+        for keep_B in (keep_t5_B, keep_clip_l_B, keep_clip_g_B)
     )
     contexts, masks, pooled_BD = [], [], batch.pooled_BD
 
@@ -130,7 +131,7 @@ def unconditional(batch: TextBatch, context_dim: int) -> tuple[Tensor, Tensor, T
 
 
 def _drop(embedding: Tensor, keep_B: Tensor) -> Tensor:
-    keep = keep_B.to(embedding.device).view(-1, *[1] * (embedding.ndim - 1))
+    keep = keep_B.view(-1, *[1] * (embedding.ndim - 1))
     return embedding.masked_fill(~keep, 0.0)
 
 
@@ -142,5 +143,5 @@ def _widen(embedding_BLD: Tensor, context_dim: int) -> Tensor:
 
 def _mask(length_B: Tensor, keep_B: Tensor, num_if_dropped: int, num_tokens: int, pad: Pad) -> Tensor:
     if pad == "trim":
-        length_B = torch.where(keep_B.to(length_B.device), length_B, num_if_dropped)
+        length_B = torch.where(keep_B, length_B, num_if_dropped)
     return torch.arange(num_tokens, device=length_B.device) < length_B[:, None]

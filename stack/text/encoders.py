@@ -14,6 +14,7 @@ import os
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,7 @@ class TextEncoders:
     """The encoders of `config`, frozen, on `device` in `dtype`.
 
     dims          channels by encoder, of those that are present
-    fingerprints  as the function of that name
+    fingerprints  as the function of that name; hashed when first asked for
 
     Raises UserError naming the key for a folder or hub id that is missing, has no weights, or not all of them.
     """
@@ -75,10 +76,15 @@ class TextEncoders:
     ) -> None:
         self.config = config
         self.device = torch.device(device)
-        folders = _folders(config)
-        self.fingerprints = {name: _fingerprint(name, folder) for name, folder in folders.items()}
-        self._encoders = {name: _load(name, folder, config, self.device, dtype) for name, folder in folders.items()}
+        with torch.random.fork_rng(devices=[]):  # the libraries draw weights before they load them
+            self._encoders = {
+                name: _load(name, folder, config, self.device, dtype) for name, folder in _folders(config).items()
+            }
         self.dims = {name: encoder.dim for name, encoder in self._encoders.items()}
+
+    @cached_property
+    def fingerprints(self) -> dict[str, str]:
+        return fingerprints(self.config)
 
     def encode(self, captions: Sequence[str]) -> list[EncodedText]:
         """Encode `captions`, in the given order; CPU tensors in the encoders' dtype, each with its own memory."""
@@ -157,7 +163,7 @@ def _files(name: str, folder: Path) -> list[Path]:
 
 
 def _clip_vocabulary(folder: Path) -> Path:
-    """The folder's own tokenizer, else the BPE table that comes with open_clip: both give the same ids."""
+    """The folder's own tokenizer, else open_clip's BPE: the same ids, but that open_clip mends curly quotes first."""
     if (folder / "tokenizer.json").is_file():
         return folder / "tokenizer.json"
     from open_clip.tokenizer import default_bpe
@@ -217,7 +223,7 @@ def _load_t5(folder: Path, dtype: torch.dtype) -> tuple[nn.Module, Forward, int]
 
 def _load_clip(folder: Path, dtype: torch.dtype) -> tuple[nn.Module, Forward, int]:
     model = _from_pretrained(_transformers().CLIPTextModelWithProjection, folder, dtype)
-    _require_equal_widths(folder, model.config.hidden_size, model.config.projection_dim)
+    _require_equal_widths(model.config.hidden_size, model.config.projection_dim)
 
     def forward(ids_BL: Tensor, length_B: Tensor, masked: bool) -> tuple[Tensor, Tensor]:
         output = model(ids_BL, output_hidden_states=True)
@@ -233,7 +239,7 @@ def _load_open_clip(folder: Path, dtype: torch.dtype) -> tuple[nn.Module, Forwar
     del model.visual
     text = getattr(model, "text", model).to(dtype)
     width = text.token_embedding.embedding_dim
-    _require_equal_widths(folder, width, text.text_projection.shape[1])
+    _require_equal_widths(width, text.text_projection.shape[1])
 
     def forward(ids_BL: Tensor, length_B: Tensor, masked: bool) -> tuple[Tensor, Tensor]:
         num_tokens = ids_BL.shape[1]
@@ -262,7 +268,7 @@ def _from_pretrained(model_class: Any, folder: Path, dtype: torch.dtype) -> Any:
     return model
 
 
-def _require_equal_widths(folder: Path, hidden_dim: int, pooled_dim: int) -> None:
+def _require_equal_widths(hidden_dim: int, pooled_dim: int) -> None:
     # `conditioning.join` finds each encoder's part of the pooled vector by the width of its hidden states.
     if hidden_dim != pooled_dim:
         raise ValueError(f"hidden states have {hidden_dim} channels, the projection {pooled_dim}; they must agree")
@@ -283,9 +289,10 @@ def write_untrained_encoders(folder: str | Path, seed: int) -> TextConfig:
         partial = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
         shutil.rmtree(partial, ignore_errors=True)
         generator = torch.Generator().manual_seed(seed)
-        _write_untrained_t5(partial / "t5", generator)
-        _write_untrained_clip(partial / "clip_l", generator)
-        _write_untrained_open_clip(partial / "clip_g", generator)
+        with torch.random.fork_rng(devices=[]):
+            _write_untrained_t5(partial / "t5", generator)
+            _write_untrained_clip(partial / "clip_l", generator)
+            _write_untrained_open_clip(partial / "clip_g", generator)
         (partial / _SEED_FILE).write_text(json.dumps({"seed": seed}) + "\n")
         for file in partial.rglob("*.*"):
             file.chmod(0o644)  # safetensors writes 0600, whatever the umask

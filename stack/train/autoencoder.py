@@ -25,7 +25,7 @@ class AutoencoderConfig(Config):
     kind: Literal["autoencoder"] = "autoencoder"
     channels: int = 4
     """Latent channels."""
-    block_out_channels: list[int] = [32, 64, 64]
+    block_out_channels: tuple[int, ...] = (32, 64, 64)
     """One a resolution; the factor is 2^(number − 1)."""
     layers_per_block: int = 1
     norm_groups: int = 16

@@ -83,7 +83,7 @@ def _sha256(path: Path) -> str:
 class Checkpoints:
     """The checkpoints of one run folder. `save` and `load` are collectives."""
 
-    def __init__(self, run: Path, config: CheckpointConfig, keep_every: int | None = None):
+    def __init__(self, run: Path, config: CheckpointConfig, keep_every: int = 0):
         self.folder = run / "checkpoints"
         self._keep = config.keep
         self._keep_every = keep_every

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import sys
 import time
-from collections import Counter
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ def train(config: TrainConfig) -> bool:
     accumulate, device = config.parallel.accumulate, dist.device()
     total = steps_of(config.schedule.steps, size)
     save_every, snapshot_every = steps_of(config.checkpoint.every, size), steps_of(config.snapshot.every, size)
-    keep_every = config.checkpoint.keep_every and steps_of(config.checkpoint.keep_every, size)
+    keep_every = steps_of(config.checkpoint.keep_every or 0, size)
     if size % (dist.world_size() * accumulate):
         raise UserError(
             f"data.batch_size={size} is not divisible by {dist.world_size()} ranks × {accumulate} micro-batches"
@@ -60,7 +60,7 @@ def train(config: TrainConfig) -> bool:
     state = state or {"step": 0, "skipped": 0, "in_a_row": 0, "sums": {}, "wandb": None}
     start = state["step"]
     guard = Guard(config.run.max_nonfinite, state["skipped"], state["in_a_row"])
-    sums: Counter[str] = Counter(state["sums"])
+    sums = defaultdict(float, state["sums"])
     metrics = Metrics(run, config.log, start, state["wandb"], config.model_dump(mode="json"))
     batches = iter(data.loader(start, total, dist.rank(), dist.world_size(), accumulate))
 
@@ -99,7 +99,11 @@ def train(config: TrainConfig) -> bool:
                 dist.barrier()
             stop = preemption.agreed()
             if done % save_every == 0 or done == total or stop:
-                kept = {"samples": done * size, "world_size": dist.world_size(), "wandb": metrics.run_id}
+                kept: dict[str, Any] = {
+                    "samples": done * size,
+                    "world_size": dist.world_size(),
+                    "wandb": metrics.run_id,
+                }
                 kept |= {"skipped": guard.skipped, "in_a_row": guard.in_a_row, "sums": dict(sums)}
                 kept |= {"engine": config.parallel.engine, "zero_stage": config.parallel.zero_stage}
                 checkpoints.save(done, engine, ema, {**kept, "config": configuration.fingerprint(config)})
@@ -134,7 +138,7 @@ def _claim(run: Path, config: TrainConfig) -> None:
 
 
 def _summary(
-    sums: Counter[str], info: engines.StepInfo, lr: float, done: int, size: int, seconds: float
+    sums: dict[str, float], info: engines.StepInfo, lr: float, done: int, size: int, seconds: float
 ) -> dict[str, Any]:
     """One line of metrics: means over the steps since the last line and over ranks."""
     count = sums.pop("steps")

@@ -10,6 +10,7 @@ from pydantic import Field
 
 from stack.config import Config, UserError
 from stack.data.dataset import ImageData, ImageDataset, LatentData, LatentDataset, ShardData
+from stack.data.safety import RejectLog
 from stack.log import LogConfig
 from stack.parallel.ema import EmaConfig
 from stack.parallel.engine import OptimConfig, ParallelConfig
@@ -53,6 +54,6 @@ def build(config: TrainConfig, device: torch.device) -> tuple[ShardData, Objecti
         latents = LatentDataset(data, seed)
         return latents, RectifiedFlow(objective, latents, seed, device)
     if isinstance(data, ImageData) and isinstance(objective, AutoencoderConfig):
-        images = ImageDataset(data, seed)
+        images = ImageDataset(data, seed, RejectLog(config.run.dir / "rejected.jsonl"))
         return images, AutoencoderObjective(objective, images, seed, device)
     raise UserError(f"objective.kind={objective.kind} does not train on data.kind={data.kind}")

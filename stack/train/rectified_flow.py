@@ -34,7 +34,7 @@ class DropoutConfig(Config):
 
 
 class PreviewConfig(SamplerConfig):
-    prompts: list[str] = ["a red circle"]
+    prompts: tuple[str, ...] = ("a red circle",)
     seed: int = 0
     size: tuple[int, int] = (32, 32)
     """(width, height) in pixels."""

@@ -85,9 +85,7 @@ class Sampler:
         )
 
         def velocity(x_BCHW: Tensor, t_B: Tensor) -> Tensor:
-            v_BCHW = guidance.classifier_free(
-                self.network, x_BCHW, t_B, conditional, unconditional, config.guidance
-            )
+            v_BCHW = guidance.classifier_free(self.network, x_BCHW, t_B, conditional, unconditional, config.guidance)
             return v_BCHW.float()
 
         solve = {"euler": solvers.euler, "heun": solvers.heun}[config.solver]

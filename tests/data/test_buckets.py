@@ -68,7 +68,8 @@ def test_a_tie_goes_to_the_first() -> None:
 def test_fit_covers_and_centres(width: int, height: int, bucket: tuple[int, int]) -> None:
     (resized_width, resized_height), (left, top, right, bottom) = fit(width, height, bucket)
     assert (right - left, bottom - top) == bucket
-    assert left >= 0 and top >= 0 and right <= resized_width and bottom <= resized_height
+    assert 0 <= left < right <= resized_width
+    assert 0 <= top < bottom <= resized_height
     assert abs(left - (resized_width - right)) <= 1
     assert abs(top - (resized_height - bottom)) <= 1
     assert resized_width == bucket[0] or resized_height == bucket[1]  # no larger than it must be

@@ -105,7 +105,8 @@ def test_equals_diffusers_sd3(qk_norm: bool, dtype: torch.dtype, tolerance: floa
         joint_attention_dim=config.context_dim, caption_projection_dim=config.width,
         pooled_projection_dim=config.pooled_dim, pos_embed_max_size=config.position_table_size,
         qk_norm="rms_norm" if qk_norm else None,
-    ).to(dtype)  # fmt: skip
+    )  # fmt: skip
+    theirs.to(dtype)
     table = get_2d_sincos_pos_embed(config.width, config.position_table_size, base_size=16)  # before its rounding
     theirs.load_state_dict({**as_diffusers(ours), "pos_embed.pos_embed": table[None].to(dtype)})
 

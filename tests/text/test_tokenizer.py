@@ -71,7 +71,8 @@ def test_emoji_captions_need_neither_bytes_nor_unk() -> None:
     captions = []
     for shard in sorted(EMOJI.glob("*.tar")):
         with tarfile.open(shard) as tar:
-            captions += [tar.extractfile(m).read().decode() for m in tar if m.name.endswith(".txt")]
+            texts = [tar.extractfile(member) for member in tar if member.name.endswith(".txt")]
+            captions += [text.read().decode() for text in texts if text is not None]
     encodings = tokenizer.load(tokenizer.CAPTION_TOKENIZER).encode_batch(captions)
     assert len(captions) == 3786
     assert not [e.tokens for e in encodings if any(t == "<unk>" or t.startswith("<0x") for t in e.tokens)]
@@ -79,7 +80,7 @@ def test_emoji_captions_need_neither_bytes_nor_unk() -> None:
 
 
 def test_training_is_reproducible_whatever_the_threads(tmp_path: Path) -> None:
-    code = "import sys; from stack.text.tokenizer import pictograph_names, train; train(pictograph_names(), sys.argv[1], 1200)"
+    code = "import sys; from stack.text import tokenizer as t; t.train(t.pictograph_names(), sys.argv[1], 1200)"
     hashes = []
     for threads in ("1", "4"):
         folder = tmp_path / threads

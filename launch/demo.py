@@ -1,0 +1,261 @@
+"""`mmdit demo`: every stage in turn, each the command that a user would type."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+DEFAULT_MINUTES = 17.0
+AUTOENCODER_SHARE = 0.25
+"""Of the time budget."""
+RESERVE_SECONDS = {"scenes": 130.0, "shards": 60.0}
+"""Kept back for what follows training: samples, evaluation, export, report."""
+CALIBRATION_STEPS = 24
+NUM_SCENES = 96
+
+SCENE_PROMPTS = [
+    f"a {size}{colour} {kind} {place}"
+    for size, colour, kind, place in (
+        ("", "red", "circle", "at the left"), ("large ", "green", "square", "in the centre"),
+        ("", "cyan", "triangle", "at the top"), ("small ", "yellow", "star", "at the right"),
+        ("", "purple", "circle", "at the bottom"), ("", "red", "cross", "in the centre"),
+        ("", "blue", "star", "at the left"), ("large ", "green", "triangle", "in the centre"),
+        ("", "yellow", "square", "at the bottom"), ("", "purple", "cross", "at the right"),
+    )
+] + [
+    "a red circle to the left of a blue square", "a yellow star above a green circle",
+    "a cyan cross below a red triangle", "a purple square to the right of a yellow circle",
+    "a small red star at the left on a black background", "a grey background with a large cyan circle in the centre",
+]  # fmt: skip
+
+
+class Demo:
+    """Runs stages once each: a stage whose command stands in stages.json was finished and is skipped."""
+
+    def __init__(self, out: Path):
+        self.out = out
+        self.path = out / "stages.json"
+        self.done: dict[str, Any] = json.loads(self.path.read_text()) if self.path.exists() else {}
+
+    def stage(self, name: str, arguments: list[str], before: Callable[[], None] | None = None) -> None:
+        """Run `mmdit ARGUMENTS`, or skip it. Exits with the command's exit code where it fails."""
+        command = shlex.join(["mmdit", *arguments])
+        known = self.done.get(name)
+        if known and known["command"] == command:
+            click.echo(f"{name}: finished before, skipped", err=True)
+            return
+        click.echo(f"{name}: {command}", err=True)
+        began = time.monotonic()
+        if before is not None:
+            before()
+        peak = run(arguments)
+        # What was interrupted and went on was paid for in both runs.
+        spent = time.monotonic() - began + self.done.get("interrupted", {}).pop(name, 0.0)
+        self.done[name] = {"command": command, "seconds": spent, "peak_rss_gb": peak}
+        self._save()
+
+    def value(self, name: str, measure: Callable[[], int]) -> int:
+        """A number that is measured once and kept, so that running again goes on with the same."""
+        values = self.done.setdefault("values", {})
+        if name not in values:
+            values[name] = measure()
+            self._save()
+        return int(values[name])
+
+    def _save(self) -> None:
+        from stack.log import publish
+
+        with publish(self.path) as temporary:
+            temporary.write_text(json.dumps(self.done, indent=1))
+
+
+def run(arguments: list[str]) -> float:
+    """`mmdit ARGUMENTS` in a process of its own; the peak memory in GB of all processes of this program together."""
+    import os
+
+    from launch.environment import MALLOC
+
+    with peak_memory() as peak:
+        code = subprocess.run(
+            [sys.executable, "-m", "launch.cli", *arguments], env={**MALLOC, **os.environ}, check=False
+        ).returncode
+    if code:
+        click.echo(f"mmdit demo: stopped; the same command goes on from here (exit code {code})", err=True)
+        sys.exit(code if code > 0 else 1)
+    return peak[0]
+
+
+@contextmanager
+def peak_memory() -> Iterator[list[float]]:
+    """Watches the resident memory of this process and all below it; the list holds its peak in GB."""
+    import psutil
+
+    peak, over = [0.0], threading.Event()
+
+    def watch() -> None:
+        me = psutil.Process()
+        while not over.wait(0.5):
+            total = 0
+            for process in [me, *me.children(recursive=True)]:
+                try:
+                    total += process.memory_info().rss
+                except psutil.NoSuchProcess:
+                    continue
+            peak[0] = max(peak[0], total / 1e9)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield peak
+    finally:
+        over.set()
+        thread.join()
+
+
+def seconds_per_step(out: Path, arguments: list[str]) -> float:
+    """Time a step takes, from a short run that is thrown away."""
+    import shutil
+    import statistics
+
+    from stack.log import read_metrics
+
+    scratch = out / "calibration"
+    shutil.rmtree(scratch, ignore_errors=True)
+    settings = (f"schedule.steps={CALIBRATION_STEPS}", "log.every=2", "log.wandb=disabled", "snapshot.every=1000000")
+    run([*arguments, f"run.dir={scratch}", "checkpoint.every=1000000", *settings])
+    times = [line["step_s"] for line in read_metrics(scratch) if "step_s" in line]
+    shutil.rmtree(scratch)
+    return statistics.median(times[len(times) // 3 :])
+
+
+@click.command("demo")
+@click.option("--shards", help="Captioned images of your own (folder, .tar or glob) instead of drawn scenes.")
+@click.option("--out", type=click.Path(path_type=Path), default=Path("runs/demo"), show_default=True)
+@click.option("--minutes", type=float, help="Time budget that sets the numbers of steps. Default: as the configs say,"
+              f" and less where that would take over {DEFAULT_MINUTES:.0f} minutes.")  # fmt: skip
+@click.option("--ranks", default=2, show_default=True, help="Processes that train the MM-DiT.")
+def command(shards: str | None, out: Path, minutes: float | None, ranks: int) -> None:
+    """Draw scenes, train an autoencoder, pre-encode, train an MM-DiT, sample, evaluate, export, and write a report.
+
+    Everything lies under OUT; stages that are finished are skipped when it is run again.
+    """
+    from stack import config as configuration
+    from stack.config import UserError
+    from stack.data.shards import index_shards
+    from stack.log import publish
+    from stack.text.encoders import write_untrained_encoders
+    from stack.train.recipe import TrainConfig
+
+    if not CONFIGS.is_dir():
+        raise UserError(f"{CONFIGS}: not found; the demo runs from a clone of the project (pip install -e .)")
+    began = time.monotonic()
+    kind = "scenes" if shards is None else "shards"
+    budget = 60 * (minutes or DEFAULT_MINUTES)
+    demo = Demo(out)
+    index, source = out / "index", shards or str(out / "shards")
+    if shards is None:
+        demo.stage("draw", ["data", "synth", source])
+    else:
+        index_shards(source, index)
+
+    def steps(name: str, arguments: list[str], config: str, seconds: float) -> str:
+        """Override that sets the number of steps by the time left, at most the configuration's unless --minutes."""
+
+        def measure() -> int:
+            fitting = max(CALIBRATION_STEPS, int(seconds / seconds_per_step(out, arguments)))
+            planned = configuration.load(TrainConfig, CONFIGS / config, arguments[2:]).schedule.steps
+            assert isinstance(planned, int)
+            return fitting if minutes else min(fitting, planned)
+
+        return f"schedule.steps={demo.value(name, measure)}"
+
+    autoencoder, config = out / "autoencoder", f"autoencoder/demo_{kind}.yaml"
+    arguments = ["train", str(CONFIGS / config), f"data.source={source}", f"data.index={index}"]
+    chosen = steps("autoencoder_steps", arguments, config, AUTOENCODER_SHARE * budget)
+    demo.stage("autoencoder", [*arguments, f"run.dir={autoencoder}", chosen])
+    codec = out / "codec"
+    demo.stage("codec", ["export", str(autoencoder), "-o", str(codec)], before=lambda: _remove(codec))
+
+    text = write_untrained_encoders(out / "encoders", seed=0)
+    names = [f"{name}={getattr(text, name)}" for name in ("t5", "clip_l", "clip_g")]
+    encoded = [f"source={source}", f"index={index}", f"out={out / 'encoded'}", f"autoencoder={codec}"]
+    encoders = [f"text.{name}" for name in names]
+    demo.stage("preencode", ["preencode", str(CONFIGS / f"preencode/demo_{kind}.yaml"), *encoded, *encoders])
+
+    model, config = out / "mmdit", f"train/demo_{kind}.yaml"
+    arguments = ["train", str(CONFIGS / config), f"data.path={out / 'encoded'}", f"objective.autoencoder={codec}"]
+    arguments += [*(f"objective.text.{name}" for name in names), "--ranks", str(ranks)]
+    left = budget - (time.monotonic() - began) - RESERVE_SECONDS[kind]
+    chosen = steps("mmdit_steps", arguments, config, left)
+    demo.stage("train", [*arguments, f"run.dir={model}", chosen])
+
+    resolved = configuration.load(TrainConfig, model / "config.yaml")
+    prompts = SCENE_PROMPTS if shards is None else resolved.objective.preview.prompts  # type: ignore[union-attr]
+    listed = out / "prompts.txt"
+    with publish(listed) as temporary:
+        temporary.write_text("\n".join(prompts) + "\n")
+    size = "x".join(map(str, resolved.objective.preview.size))  # type: ignore[union-attr]
+    drawn = ["sample", str(model), "--prompts", str(listed), "--size", size, "--seed", "1"]
+    demo.stage("sample", [*drawn, "-o", str(out / "samples.png")])
+    scenes = ["--scenes", str(NUM_SCENES)] if shards is None else []
+    demo.stage("evaluate", ["evaluate", str(model), *scenes])
+    exported = out / "export"
+    demo.stage("export", ["export", str(model), "-o", str(exported)], before=lambda: _remove(exported))
+    _report(demo, autoencoder, model, ranks)
+
+
+def _remove(folder: Path) -> None:
+    import shutil
+
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _report(demo: Demo, autoencoder: Path, model: Path, ranks: int) -> None:
+    from stack import config as configuration
+    from stack.evaluate import report
+    from stack.log import publish, read_metrics
+    from stack.train.recipe import TrainConfig
+
+    resolved = configuration.load(TrainConfig, model / "config.yaml")
+    result = json.loads((model / "eval.jsonl").read_text().splitlines()[-1])
+    validation = [line["val_loss"] for line in read_metrics(model) if "val_loss" in line]
+    stages = {name: record for name, record in demo.done.items() if "command" in record}
+    seconds = {name: round(record["seconds"], 1) for name, record in stages.items()}
+    names = {"seen_1": "one shape, seen", "heldout_1": "one shape, held out"}
+    names |= {"seen_2": "two shapes, seen", "heldout_2": "two shapes, one held out"}
+    scenes = {label: result[key] for key, label in names.items() if key in result}
+    summary = {
+        "accuracy_seen": result.get("seen_1", {}).get("all_right"),
+        "accuracy_heldout": result.get("heldout_1", {}).get("all_right"),
+        "val_loss_first": validation[0],
+        "val_loss_last": validation[-1],
+        "seconds": {**seconds, "total": round(sum(seconds.values()), 1)},
+        "peak_rss_gb": round(max(record["peak_rss_gb"] for record in stages.values()), 2),
+        "ranks": ranks,
+        "zero_stage": resolved.parallel.zero_stage,
+        "model_parameters": json.loads((demo.out / "codec" / "config.json").read_text()) and _parameters(model),
+        "scenes": scenes,
+    }
+    with publish(demo.out / "summary.json") as temporary:
+        temporary.write_text(json.dumps(summary, indent=1))
+    commands = {name: record["command"] for name, record in stages.items()}
+    report.write(demo.out / "report.html", autoencoder, model, summary, commands)
+    click.echo(json.dumps({key: value for key, value in summary.items() if key != "scenes"}, indent=1))
+    click.echo(f"report: {(demo.out / 'report.html').resolve()}")
+
+
+def _parameters(model: Path) -> int:
+    from stack.train import snapshot
+
+    return sum(weight.numel() for weight in snapshot.read(model).weights.values())

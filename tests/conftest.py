@@ -1,0 +1,96 @@
+"""A small data set taken through every stage before training, once a test session, by the commands that users type."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[1]
+SHARED = ROOT.parent / "shared"
+
+
+def run_mmdit(*arguments: object, check: bool = True, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run the command line in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-m", "launch.cli", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+    )
+    assert not check or done.returncode == 0, done.stderr
+    return done
+
+
+@pytest.fixture(scope="session")
+def mmdit() -> Callable[..., subprocess.CompletedProcess[str]]:
+    return run_mmdit
+
+
+@dataclass
+class Stage:
+    """Folders of the small data set."""
+
+    folder: Path
+
+    def __getattr__(self, name: str) -> Path:
+        return self.folder / name
+
+    def train_config(self, name: str, **sections: dict) -> Path:
+        """A training configuration over the pre-encoded samples; `sections` win over the defaults key by key."""
+        values: dict = {
+            "run": {"dir": str(self.folder / name)},
+            "data": {"kind": "latents", "path": str(self.encoded), "batch_size": 8, "max_validation": 8},
+            "objective": {
+                "kind": "rectified_flow",
+                "model": {"preset": "mmdit-test", "context_dim": 128, "pooled_dim": 128},
+                "autoencoder": str(self.codec),
+                "text": {key: str(self.encoders / key) for key in ("t5", "clip_l", "clip_g")},
+                "preview": {"prompts": ["a red circle"], "steps": 2},
+            },
+            "optim": {"lr": 1e-3},
+            "schedule": {"steps": 4, "warmup": 2},
+            "log": {"every": 1, "wandb": "disabled"},
+        }
+        for section, keys in sections.items():
+            values[section] = {**values.get(section, {}), **keys}
+        path = self.folder / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(values))
+        return path
+
+
+@pytest.fixture(scope="session")
+def stage(tmp_path_factory: pytest.TempPathFactory) -> Stage:
+    """Drawn scenes, a codec after four steps of training, untrained encoders and the pre-encoded samples."""
+    from stack.text.encoders import write_untrained_encoders
+
+    stage = Stage(tmp_path_factory.mktemp("stage"))
+    run_mmdit("data", "synth", stage.shards, "num_samples=96", "samples_per_shard=40")
+    config = stage.folder / "autoencoder.yaml"
+    values = {
+        "run": {"dir": str(stage.autoencoder)},
+        "data": {"kind": "images", "source": str(stage.shards), "batch_size": 8, "max_validation": 8},
+        "objective": {"kind": "autoencoder", "channels": 4, "block_out_channels": [8, 8, 8], "norm_groups": 4},
+        "schedule": {"steps": 4, "warmup": 1},
+        "log": {"every": 1, "wandb": "disabled"},
+    }
+    config.write_text(yaml.safe_dump(values))
+    run_mmdit("train", config)
+    run_mmdit("export", stage.autoencoder, "-o", stage.codec, "--samples", 16)
+    write_untrained_encoders(stage.encoders, seed=0)
+    encoders = {key: str(stage.encoders / key) for key in ("t5", "clip_l", "clip_g")}
+    config = stage.folder / "preencode.yaml"
+    config.write_text(
+        yaml.safe_dump(
+            {"source": str(stage.shards), "out": str(stage.encoded), "autoencoder": str(stage.codec), "text": encoders}
+        )
+    )
+    run_mmdit("preencode", config)
+    return stage
