@@ -42,18 +42,33 @@ def group() -> None:
     """Train text-to-image models: shards, pre-encoding, an MM-DiT rectified-flow trainer, sampling, evaluation."""
 
 
+def run(arguments: list[str] | None = None) -> int:
+    """Run the command line; a user's mistake is one line on standard error and exit code 2, never a traceback."""
+    try:
+        ended = group.main(arguments, prog_name="mmdit", standalone_mode=False)
+        return ended if isinstance(ended, int) else 0  # the code of click's Exit, which a command raises
+    except click.Abort:
+        click.echo("mmdit: stopped", err=True)
+        return 130
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except (UserError, FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError) as error:
+        click.echo(f"mmdit: {' '.join(str(error).split())}", err=True)
+        return 2
+
+
 def main() -> None:
-    """Entry point: a user's mistake is one line and exit code 2, never a traceback."""
+    """Entry point of the `mmdit` command."""
     from launch.environment import set_defaults
 
     set_defaults()
-    try:
-        group()
-    except (UserError, FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError) as error:
-        click.echo(f"mmdit: {' '.join(str(error).split())}", err=True)
-        # Interpreter shutdown would wait for a process group whose other ranks are gone.
-        sys.stderr.flush()
-        os._exit(2)
+    code = run()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if code == 2:
+        os._exit(code)  # an orderly exit would wait for a process group whose other ranks are gone
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import click
@@ -27,7 +26,7 @@ def command(config: Path, overrides: tuple[str, ...], ranks: int, dry_run: bool)
         raise click.BadParameter("at least 1", param_hint="--ranks")
     resolved = configuration.load(TrainConfig, config, overrides)
     if ranks > 1 and not environment.is_rank() and not dry_run:
-        sys.exit(environment.spawn(["train", str(config), *overrides], ranks))
+        raise click.exceptions.Exit(environment.spawn(["train", str(config), *overrides], ranks))
 
     from stack import dist
     from stack.train.guard import NonFiniteError
@@ -43,10 +42,10 @@ def command(config: Path, overrides: tuple[str, ...], ranks: int, dry_run: bool)
         return
     dist.init()
     try:
-        finished = train(resolved)
+        if not train(resolved):
+            raise click.exceptions.Exit(EXIT_CODE)
     except NonFiniteError as error:
         click.echo(f"mmdit: {error}", err=True)
-        sys.exit(1)
-    dist.shutdown()
-    if not finished:
-        sys.exit(EXIT_CODE)
+        raise click.exceptions.Exit(1) from None
+    finally:
+        dist.shutdown()

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+import io
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import yaml
@@ -16,21 +16,30 @@ ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"
 
 
-def run_mmdit(*arguments: object, check: bool = True, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run the command line in a process of its own."""
-    done = subprocess.run(
-        [sys.executable, "-m", "launch.cli", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-    )
-    assert not check or done.returncode == 0, done.stderr
+def run_mmdit(*arguments: object) -> Done:
+    """The command line inside this process, which has paid for its imports."""
+    from launch.cli import run
+
+    out, error = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(error):
+        code = run([str(argument) for argument in arguments])
+    return Done(code, out.getvalue(), error.getvalue())
+
+
+def succeed(*arguments: object) -> Done:
+    done = run_mmdit(*arguments)
+    assert done.returncode == 0, done.stderr
     return done
 
 
+class Done(NamedTuple):
+    returncode: int
+    stdout: str
+    stderr: str
+
+
 @pytest.fixture(scope="session")
-def mmdit() -> Callable[..., subprocess.CompletedProcess[str]]:
+def mmdit() -> Callable[..., Done]:
     return run_mmdit
 
 
@@ -72,7 +81,7 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Stage:
     from stack.text.encoders import write_untrained_encoders
 
     stage = Stage(tmp_path_factory.mktemp("stage"))
-    run_mmdit("data", "synth", stage.shards, "num_samples=96", "samples_per_shard=40")
+    succeed("data", "synth", stage.shards, "num_samples=96", "samples_per_shard=40")
     config = stage.folder / "autoencoder.yaml"
     values = {
         "run": {"dir": str(stage.autoencoder)},
@@ -82,8 +91,8 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Stage:
         "log": {"every": 1, "wandb": "disabled"},
     }
     config.write_text(yaml.safe_dump(values))
-    run_mmdit("train", config)
-    run_mmdit("export", stage.autoencoder, "-o", stage.codec, "--samples", 16)
+    succeed("train", config)
+    succeed("export", stage.autoencoder, "-o", stage.codec, "--samples", 16)
     write_untrained_encoders(stage.encoders, seed=0)
     encoders = {key: str(stage.encoders / key) for key in ("t5", "clip_l", "clip_g")}
     config = stage.folder / "preencode.yaml"
@@ -92,5 +101,5 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Stage:
             {"source": str(stage.shards), "out": str(stage.encoded), "autoencoder": str(stage.codec), "text": encoders}
         )
     )
-    run_mmdit("preencode", config)
+    succeed("preencode", config)
     return stage
