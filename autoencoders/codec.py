@@ -57,7 +57,7 @@ class Codec(nn.Module):
 
         folder, subfolder = _locate(path)
         try:
-            vae = AutoencoderKL.from_pretrained(folder, subfolder=subfolder, torch_dtype=dtype)
+            vae = AutoencoderKL.from_pretrained(folder, subfolder=subfolder, torch_dtype=dtype, low_cpu_mem_usage=False)
         except (OSError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise FileNotFoundError(f"autoencoder {path!r} cannot be loaded: {reason}") from None

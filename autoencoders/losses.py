@@ -10,9 +10,14 @@ from torch import Tensor
 from autoencoders.codec import Moments
 
 
-def reconstruction_B(image_BCHW: Tensor, output_BCHW: Tensor) -> Tensor:
+def l1_B(image_BCHW: Tensor, output_BCHW: Tensor) -> Tensor:
     """Mean absolute error of each image [B]."""
     return (image_BCHW - output_BCHW).abs().flatten(1).mean(1)
+
+
+def l2_B(image_BCHW: Tensor, output_BCHW: Tensor) -> Tensor:
+    """Mean square error of each image [B]."""
+    return (image_BCHW - output_BCHW).square().flatten(1).mean(1)
 
 
 def kl_B(moments: Moments) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from typing import Any
 
 import click
 
-CONFIGS = Path(__file__).parents[1] / "configs"
+CONFIGS = Path(os.path.relpath(Path(__file__).parents[1] / "configs"))
 DEFAULT_MINUTES = 17.0
 AUTOENCODER_SHARE = 0.25
 """Of the time budget."""
@@ -23,6 +24,7 @@ RESERVE_SECONDS = {"scenes": 130.0, "shards": 60.0}
 """Kept back for what follows training: samples, evaluation, export, report."""
 CALIBRATION_STEPS = 24
 NUM_SCENES = 96
+NUM_PROMPTS = 16
 
 SCENE_PROMPTS = [
     f"a {size}{colour} {kind} {place}"
@@ -82,8 +84,6 @@ class Demo:
 
 def run(arguments: list[str]) -> float:
     """`mmdit ARGUMENTS` in a process of its own; the peak memory in GB of all processes of this program together."""
-    import os
-
     from launch.environment import MALLOC
 
     with peak_memory() as peak:
@@ -144,8 +144,10 @@ def seconds_per_step(out: Path, arguments: list[str]) -> float:
 @click.option("--out", type=click.Path(path_type=Path), default=Path("runs/demo"), show_default=True)
 @click.option("--minutes", type=float, help="Time budget that sets the numbers of steps. Default: as the configs say,"
               f" and less where that would take over {DEFAULT_MINUTES:.0f} minutes.")  # fmt: skip
+@click.option("--prompts", type=click.Path(path_type=Path), help="With --shards: a text file of prompts to show, one a"
+              " line; captions of the shards if not given.")  # fmt: skip
 @click.option("--ranks", default=2, show_default=True, help="Processes that train the MM-DiT.")
-def command(shards: str | None, out: Path, minutes: float | None, ranks: int) -> None:
+def command(shards: str | None, out: Path, minutes: float | None, prompts: Path | None, ranks: int) -> None:
     """Draw scenes, train an autoencoder, pre-encode, train an MM-DiT, sample, evaluate, export, and write a report.
 
     Everything lies under OUT; stages that are finished are skipped when it is run again.
@@ -156,6 +158,7 @@ def command(shards: str | None, out: Path, minutes: float | None, ranks: int) ->
     from stack.log import publish
     from stack.text.encoders import write_untrained_encoders
     from stack.train.recipe import TrainConfig
+    from stack.train.rectified_flow import RectifiedFlowConfig
 
     if not CONFIGS.is_dir():
         raise UserError(f"{CONFIGS}: not found; the demo runs from a clone of the project (pip install -e .)")
@@ -169,19 +172,19 @@ def command(shards: str | None, out: Path, minutes: float | None, ranks: int) ->
     else:
         index_shards(source, index)
 
-    def steps(name: str, arguments: list[str], config: str, seconds: float) -> str:
+    def steps(name: str, arguments: list[str], config: Path, seconds: float) -> str:
         """Override that sets the number of steps by the time left, at most the configuration's unless --minutes."""
 
         def measure() -> int:
             fitting = max(CALIBRATION_STEPS, int(seconds / seconds_per_step(out, arguments)))
-            planned = configuration.load(TrainConfig, CONFIGS / config, arguments[2:]).schedule.steps
+            planned = configuration.load(TrainConfig, config).schedule.steps
             assert isinstance(planned, int)
             return fitting if minutes else min(fitting, planned)
 
         return f"schedule.steps={demo.value(name, measure)}"
 
-    autoencoder, config = out / "autoencoder", f"autoencoder/demo_{kind}.yaml"
-    arguments = ["train", str(CONFIGS / config), f"data.source={source}", f"data.index={index}"]
+    autoencoder, config = out / "autoencoder", CONFIGS / f"autoencoder/demo_{kind}.yaml"
+    arguments = ["train", str(config), f"data.source={source}", f"data.index={index}"]
     chosen = steps("autoencoder_steps", arguments, config, AUTOENCODER_SHARE * budget)
     demo.stage("autoencoder", [*arguments, f"run.dir={autoencoder}", chosen])
     codec = out / "codec"
@@ -193,19 +196,21 @@ def command(shards: str | None, out: Path, minutes: float | None, ranks: int) ->
     encoders = [f"text.{name}" for name in names]
     demo.stage("preencode", ["preencode", str(CONFIGS / f"preencode/demo_{kind}.yaml"), *encoded, *encoders])
 
-    model, config = out / "mmdit", f"train/demo_{kind}.yaml"
-    arguments = ["train", str(CONFIGS / config), f"data.path={out / 'encoded'}", f"objective.autoencoder={codec}"]
+    model, config = out / "mmdit", out / "train.yaml"
+    shown = _prompts(prompts, out / "encoded") if shards else []
+    _write_config(config, CONFIGS / f"train/demo_{kind}.yaml", shown)
+    arguments = ["train", str(config), f"data.path={out / 'encoded'}", f"objective.autoencoder={codec}"]
     arguments += [*(f"objective.text.{name}" for name in names), "--ranks", str(ranks)]
     left = budget - (time.monotonic() - began) - RESERVE_SECONDS[kind]
     chosen = steps("mmdit_steps", arguments, config, left)
     demo.stage("train", [*arguments, f"run.dir={model}", chosen])
 
-    resolved = configuration.load(TrainConfig, model / "config.yaml")
-    prompts = SCENE_PROMPTS if shards is None else resolved.objective.preview.prompts  # type: ignore[union-attr]
     listed = out / "prompts.txt"
     with publish(listed) as temporary:
-        temporary.write_text("\n".join(prompts) + "\n")
-    size = "x".join(map(str, resolved.objective.preview.size))  # type: ignore[union-attr]
+        temporary.write_text("\n".join(shown or SCENE_PROMPTS) + "\n")
+    resolved = configuration.load(TrainConfig, model / "config.yaml").objective
+    assert isinstance(resolved, RectifiedFlowConfig)
+    size = "x".join(map(str, resolved.preview.size))
     drawn = ["sample", str(model), "--prompts", str(listed), "--size", size, "--seed", "1"]
     demo.stage("sample", [*drawn, "-o", str(out / "samples.png")])
     scenes = ["--scenes", str(NUM_SCENES)] if shards is None else []
@@ -213,6 +218,32 @@ def command(shards: str | None, out: Path, minutes: float | None, ranks: int) ->
     exported = out / "export"
     demo.stage("export", ["export", str(model), "-o", str(exported)], before=lambda: _remove(exported))
     _report(demo, autoencoder, model, ranks)
+
+
+def _prompts(listed: Path | None, encoded: Path) -> list[str]:
+    """What the user lists, or NUM_PROMPTS captions spread over the data set."""
+    from stack.data.shards import ShardReader, ShardSet, index_shards
+
+    if listed is not None:
+        return [line.strip() for line in listed.read_text().splitlines() if line.strip()]
+    shards = ShardSet(index_shards(encoded))
+    reader = ShardReader(shards.indices)
+    count = min(NUM_PROMPTS, shards.num_samples)
+    numbers = [i * shards.num_samples // count for i in range(count)]
+    return [json.loads(reader.read(*shards.locate(number), "json"))["caption"] for number in numbers]
+
+
+def _write_config(path: Path, base: Path, prompts: list[str]) -> None:
+    """A configuration that adds the prompts to show, if any, to `base`."""
+    import yaml
+
+    from stack.log import publish
+
+    preview = {"objective": {"preview": {"prompts": prompts}}} if prompts else {}
+    with publish(path) as temporary:
+        temporary.write_text(
+            yaml.safe_dump({"base": os.path.relpath(base, path.parent), **preview}, allow_unicode=True)
+        )
 
 
 def _remove(folder: Path) -> None:
@@ -244,7 +275,7 @@ def _report(demo: Demo, autoencoder: Path, model: Path, ranks: int) -> None:
         "peak_rss_gb": round(max(record["peak_rss_gb"] for record in stages.values()), 2),
         "ranks": ranks,
         "zero_stage": resolved.parallel.zero_stage,
-        "model_parameters": json.loads((demo.out / "codec" / "config.json").read_text()) and _parameters(model),
+        "model_parameters": _parameters(model),
         "scenes": scenes,
     }
     with publish(demo.out / "summary.json") as temporary:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import subprocess
@@ -27,6 +28,7 @@ STOPPED = 85  # a run that was asked to stop and has saved (stack.train.preempt.
 
 def set_defaults() -> None:
     """Quiet defaults of the libraries that are asked for nothing here."""
+    logging.getLogger("xformers").setLevel(logging.ERROR)  # says at import that it was built for another torch
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")

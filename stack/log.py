@@ -133,9 +133,12 @@ class Metrics:
         if dist.rank() != 0:
             return
         self._file.write(json.dumps(values) + "\n")
+        self._mirror("log", values)
+
+    def _mirror(self, method: str, *arguments: Any) -> None:
         if self._wandb is not None:
             try:
-                self._wandb.log(values)
+                getattr(self._wandb, method)(*arguments)
             except Exception as error:
                 say(f"wandb is off from here: {error}")
                 self._wandb = None
@@ -143,8 +146,7 @@ class Metrics:
     def close(self) -> None:
         if dist.rank() == 0:
             self._file.close()
-            if self._wandb is not None:
-                self._wandb.finish(quiet=True)
+            self._mirror("finish")
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:

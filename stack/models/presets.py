@@ -14,22 +14,22 @@ if TYPE_CHECKING:
     from stack.models.mmdit import MMDiTConfig
 
 # fmt: off
-COLUMNS = ("depth", "width", "num_heads", "in_channels", "context_dim", "pooled_dim", "qk_norm",
+COLUMNS = ("depth", "width", "num_heads", "patch_size", "in_channels", "context_dim", "pooled_dim", "qk_norm",
            "position_table_size", "position_base_size")
 ROWS: dict[str, tuple[Any, ...]] = {
-    #                 depth width heads   ch context pooled qk-norm table base
-    "sd3-d15":        (15,   960,  15,    16,  4096,  2048, False,   192,  64),
-    "sd3-d15-qknorm": (15,   960,  15,    16,  4096,  2048, True,    192,  64),
-    "sd3-d18":        (18,  1152,  18,    16,  4096,  2048, False,   192,  64),
-    "sd3-d18-qknorm": (18,  1152,  18,    16,  4096,  2048, True,    192,  64),
-    "sd3-d24":        (24,  1536,  24,    16,  4096,  2048, False,   192,  64),
-    "sd3-d24-qknorm": (24,  1536,  24,    16,  4096,  2048, True,    192,  64),
-    "sd3-d30":        (30,  1920,  30,    16,  4096,  2048, False,   192,  64),
-    "sd3-d30-qknorm": (30,  1920,  30,    16,  4096,  2048, True,    192,  64),
-    "sd3-d38":        (38,  2432,  38,    16,  4096,  2048, False,   192,  64),
-    "sd3-d38-qknorm": (38,  2432,  38,    16,  4096,  2048, True,    192,  64),
-    "mmdit-demo":     ( 4,   192,   3,     8,   128,   128, True,     16,  16),
-    "mmdit-test":     ( 2,    64,   2,     4,    32,    32, True,     16,  16),
+    #                 depth width heads patch ch context pooled qk-norm table base
+    "sd3-d15":        (15,   960,  15,    2,  16,  4096,  2048, False,   192,  64),
+    "sd3-d15-qknorm": (15,   960,  15,    2,  16,  4096,  2048, True,    192,  64),
+    "sd3-d18":        (18,  1152,  18,    2,  16,  4096,  2048, False,   192,  64),
+    "sd3-d18-qknorm": (18,  1152,  18,    2,  16,  4096,  2048, True,    192,  64),
+    "sd3-d24":        (24,  1536,  24,    2,  16,  4096,  2048, False,   192,  64),
+    "sd3-d24-qknorm": (24,  1536,  24,    2,  16,  4096,  2048, True,    192,  64),
+    "sd3-d30":        (30,  1920,  30,    2,  16,  4096,  2048, False,   192,  64),
+    "sd3-d30-qknorm": (30,  1920,  30,    2,  16,  4096,  2048, True,    192,  64),
+    "sd3-d38":        (38,  2432,  38,    2,  16,  4096,  2048, False,   192,  64),
+    "sd3-d38-qknorm": (38,  2432,  38,    2,  16,  4096,  2048, True,    192,  64),
+    "mmdit-demo":     ( 4,   192,   3,    4,   4,   128,   128, True,     16,  16),
+    "mmdit-test":     ( 2,    64,   2,    2,   4,    32,    32, True,     16,  16),
 }
 # fmt: on
 PRESETS = {name: dict(zip(COLUMNS, row, strict=True)) for name, row in ROWS.items()}
