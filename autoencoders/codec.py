@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 
@@ -55,12 +56,18 @@ class Codec(nn.Module):
         """
         from diffusers import AutoencoderKL
 
-        folder, subfolder = _locate(path)
+        folder = _folder(path)
         try:
-            vae = AutoencoderKL.from_pretrained(folder, subfolder=subfolder, torch_dtype=dtype, low_cpu_mem_usage=False)
-        except (OSError, ValueError) as error:
+            vae, info = AutoencoderKL.from_pretrained(
+                folder, torch_dtype=dtype, low_cpu_mem_usage=False, use_safetensors=True, output_loading_info=True
+            )
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             reason = str(error).splitlines()[0]
             raise FileNotFoundError(f"autoencoder {path!r} cannot be loaded: {reason}") from None
+        if info["missing_keys"]:
+            raise FileNotFoundError(
+                f"autoencoder {path!r} lacks weights: {', '.join(sorted(info['missing_keys'])[:3])}…"
+            )
         return cls(vae).eval().requires_grad_(False)
 
     @classmethod
@@ -108,32 +115,32 @@ class Codec(nn.Module):
         self.vae.save_pretrained(folder)
 
 
-def _locate(path: str) -> tuple[str, str | None]:
-    inside = (Path(path) / "vae" / "config.json").exists() and not (Path(path) / "config.json").exists()
-    return path, "vae" if inside else None
+def _folder(path: str) -> Path:
+    """The local folder of an autoencoder; a hub id's files are fetched into the hub's cache.
 
-
-def fingerprint(path: str) -> str:
-    """sha256 over config and weights of a local autoencoder folder; of the name and revision for a hub id.
-
-    Raises FileNotFoundError where a local folder holds no autoencoder.
+    Raises FileNotFoundError where there is neither config.json nor safetensors.
     """
-    root, subfolder = _locate(path)
-    folder = Path(root) / (subfolder or "")
-    if not folder.is_dir():
+    root = Path(path)
+    if not root.is_dir():
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
+        weights = ["config.json", "diffusion_pytorch_model*.safetensors"]
         try:
-            folder = Path(snapshot_download(path, allow_patterns=["vae/*", "*.json", "*.safetensors"]))
+            root = Path(snapshot_download(path, allow_patterns=[*weights, *(f"vae/{name}" for name in weights)]))
         except (HFValidationError, LocalEntryNotFoundError, OSError):
             raise FileNotFoundError(f"autoencoder {path!r}: no such folder, and no hub id within reach") from None
-        folder = folder / "vae" if (folder / "vae").is_dir() else folder
-    digest = hashlib.sha256()
-    files = sorted(folder.glob("config.json")) + sorted(folder.glob("*.safetensors"))
-    if len(files) < 2:
+    folder = root / "vae" if (root / "vae" / "config.json").exists() else root
+    if not (folder / "config.json").exists() or not list(folder.glob("*.safetensors")):
         raise FileNotFoundError(f"autoencoder {path!r}: expected config.json and *.safetensors in {folder}")
-    for file in files:
+    return folder
+
+
+def fingerprint(path: str) -> str:
+    """sha256 over config and weights of an autoencoder. Raises FileNotFoundError where there is none."""
+    folder = _folder(path)
+    digest = hashlib.sha256()
+    for file in [folder / "config.json", *sorted(folder.glob("*.safetensors"))]:
         digest.update(file.name.encode())
         with file.open("rb") as handle:
             while block := handle.read(1 << 22):

@@ -56,6 +56,9 @@ def run(arguments: list[str] | None = None) -> int:
     except (UserError, FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError) as error:
         click.echo(f"mmdit: {' '.join(str(error).split())}", err=True)
         return 2
+    except OSError as error:  # a full or broken disk, a network that is gone: nobody's mistake, and no traceback
+        click.echo(f"mmdit: {' '.join(str(error).split())}", err=True)
+        return 1
 
 
 def main() -> None:
@@ -66,7 +69,7 @@ def main() -> None:
     code = run()
     sys.stdout.flush()
     sys.stderr.flush()
-    if code == 2:
+    if code not in (0, 85):
         os._exit(code)  # an orderly exit would wait for a process group whose other ranks are gone
     sys.exit(code)
 

@@ -1,4 +1,4 @@
-"""`mmdit data`: make and index shards."""
+"""`mmdit data`: make and index shards, write encoders for trying things."""
 
 from __future__ import annotations
 
@@ -56,3 +56,14 @@ def index(shards: str, cache: Path | None) -> None:
         damage = f"\n  {found.damage}" if found.damage else ""
         click.echo(f"{found.path}: {len(found):,} samples, {len(found.rejected)} left out{damage}{problems}")
     click.echo(f"{sum(map(len, indices)):,} samples in {len(indices)} shards")
+
+
+@command.command()
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--seed", default=0, show_default=True)
+def encoders(out: Path, seed: int) -> None:
+    """Write small untrained text encoders (t5, clip_l, clip_g) into OUT, for trying things without a download."""
+    from stack.text.encoders import write_untrained_encoders
+
+    write_untrained_encoders(out, seed)
+    click.echo(f"{out}: t5, clip_l, clip_g with random weights of seed {seed}")

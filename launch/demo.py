@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import threading
@@ -17,7 +19,7 @@ from typing import Any
 import click
 
 CONFIGS = Path(os.path.relpath(Path(__file__).parents[1] / "configs"))
-DEFAULT_MINUTES = 17.0
+DEFAULT_MINUTES = 18.0
 AUTOENCODER_SHARE = 0.25
 """Of the time budget."""
 RESERVE_SECONDS = {"scenes": 130.0, "shards": 60.0}
@@ -43,28 +45,33 @@ SCENE_PROMPTS = [
 
 
 class Demo:
-    """Runs stages once each: a stage whose command stands in stages.json was finished and is skipped."""
+    """Runs stages once each. A stage was finished before if it and all stages above were the same
+    commands on the same files;
+    what another one left is removed, and what the same one left half done it goes on with."""
 
     def __init__(self, out: Path):
         self.out = out
         self.path = out / "stages.json"
         self.done: dict[str, Any] = json.loads(self.path.read_text()) if self.path.exists() else {}
+        self._chain = ""
 
-    def stage(self, name: str, arguments: list[str], before: Callable[[], None] | None = None) -> None:
-        """Run `mmdit ARGUMENTS`, or skip it. Exits with the command's exit code where it fails."""
+    def stage(self, name: str, arguments: list[str], output: Path, config: Path | None = None) -> None:
+        """Run `mmdit ARGUMENTS`, which makes `output`, or skip it. Exits with its exit code where it fails."""
         command = shlex.join(["mmdit", *arguments])
-        known = self.done.get(name)
-        if known and known["command"] == command:
+        content = config.read_text() if config is not None else ""
+        self._chain = hashlib.sha256(f"{self._chain}\n{command}\n{content}".encode()).hexdigest()
+        known = self.done.get(name, {})
+        if known.get("chain") != self._chain:
+            shutil.rmtree(output, ignore_errors=True)
+        elif known["finished"]:
             click.echo(f"{name}: finished before, skipped", err=True)
             return
         click.echo(f"{name}: {command}", err=True)
+        self.done[name] = {"chain": self._chain, "command": command, "finished": False}
+        self._save()
         began = time.monotonic()
-        if before is not None:
-            before()
         peak = run(arguments)
-        # What was interrupted and went on was paid for in both runs.
-        spent = time.monotonic() - began + self.done.get("interrupted", {}).pop(name, 0.0)
-        self.done[name] = {"command": command, "seconds": spent, "peak_rss_gb": peak}
+        self.done[name] |= {"finished": True, "seconds": time.monotonic() - began, "peak_rss_gb": peak}
         self._save()
 
     def value(self, name: str, measure: Callable[[], int]) -> int:
@@ -84,11 +91,14 @@ class Demo:
 
 def run(arguments: list[str]) -> float:
     """`mmdit ARGUMENTS` in a process of its own; the peak memory in GB of all processes of this program together."""
-    from launch.environment import MALLOC
+    from launch.environment import MALLOC, die_with_parent
 
     with peak_memory() as peak:
         code = subprocess.run(
-            [sys.executable, "-m", "launch.cli", *arguments], env={**MALLOC, **os.environ}, check=False
+            [sys.executable, "-m", "launch.cli", *arguments],
+            env={**MALLOC, **os.environ},
+            check=False,
+            preexec_fn=die_with_parent,
         ).returncode
     if code:
         click.echo(f"mmdit demo: stopped; the same command goes on from here (exit code {code})", err=True)
@@ -125,7 +135,6 @@ def peak_memory() -> Iterator[list[float]]:
 
 def seconds_per_step(out: Path, arguments: list[str]) -> float:
     """Time a step takes, from a short run that is thrown away."""
-    import shutil
     import statistics
 
     from stack.log import read_metrics
@@ -142,33 +151,35 @@ def seconds_per_step(out: Path, arguments: list[str]) -> float:
 @click.command("demo")
 @click.option("--shards", help="Captioned images of your own (folder, .tar or glob) instead of drawn scenes.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("runs/demo"), show_default=True)
-@click.option("--minutes", type=float, help="Time budget that sets the numbers of steps. Default: as the configs say,"
-              f" and less where that would take over {DEFAULT_MINUTES:.0f} minutes.")  # fmt: skip
-@click.option("--prompts", type=click.Path(path_type=Path), help="With --shards: a text file of prompts to show, one a"
-              " line; captions of the shards if not given.")  # fmt: skip
-@click.option("--ranks", default=2, show_default=True, help="Processes that train the MM-DiT.")
-def command(shards: str | None, out: Path, minutes: float | None, prompts: Path | None, ranks: int) -> None:
+@click.option("--minutes", type=click.FloatRange(min=1), help="Time budget that sets the numbers of steps. Default: as"
+              f" the configs say, and less where that would take over {DEFAULT_MINUTES:.0f} minutes.")  # fmt: skip
+@click.option("--prompts", type=click.Path(path_type=Path), help="A text file of prompts to show, one a line; if not"
+              " given, a fixed list, or with --shards captions of theirs.")  # fmt: skip
+@click.option("--ranks", type=click.IntRange(min=1), help="Processes that train the MM-DiT. Default: 2, or one a GPU.")
+def command(shards: str | None, out: Path, minutes: float | None, prompts: Path | None, ranks: int | None) -> None:
     """Draw scenes, train an autoencoder, pre-encode, train an MM-DiT, sample, evaluate, export, and write a report.
 
     Everything lies under OUT; stages that are finished are skipped when it is run again.
     """
+    import torch
+
     from stack import config as configuration
     from stack.config import UserError
     from stack.data.shards import index_shards
     from stack.log import publish
-    from stack.text.encoders import write_untrained_encoders
     from stack.train.recipe import TrainConfig
-    from stack.train.rectified_flow import RectifiedFlowConfig
 
     if not CONFIGS.is_dir():
         raise UserError(f"{CONFIGS}: not found; the demo runs from a clone of the project (pip install -e .)")
     began = time.monotonic()
+    ranks = ranks or min(2, torch.cuda.device_count() or 2)
     kind = "scenes" if shards is None else "shards"
     budget = 60 * (minutes or DEFAULT_MINUTES)
+    shown = _listed(prompts) if prompts else SCENE_PROMPTS if shards is None else []
     demo = Demo(out)
     index, source = out / "index", shards or str(out / "shards")
     if shards is None:
-        demo.stage("draw", ["data", "synth", source])
+        demo.stage("draw", ["data", "synth", source], out / "shards")
     else:
         index_shards(source, index)
 
@@ -181,51 +192,57 @@ def command(shards: str | None, out: Path, minutes: float | None, prompts: Path 
             assert isinstance(planned, int)
             return fitting if minutes else min(fitting, planned)
 
-        return f"schedule.steps={demo.value(name, measure)}"
+        return f"schedule.steps={demo.value(f'{name} steps in {budget / 60:g} minutes', measure)}"
 
     autoencoder, config = out / "autoencoder", CONFIGS / f"autoencoder/demo_{kind}.yaml"
     arguments = ["train", str(config), f"data.source={source}", f"data.index={index}"]
-    chosen = steps("autoencoder_steps", arguments, config, AUTOENCODER_SHARE * budget)
-    demo.stage("autoencoder", [*arguments, f"run.dir={autoencoder}", chosen])
+    chosen = steps("autoencoder", arguments, config, AUTOENCODER_SHARE * budget)
+    demo.stage("autoencoder", [*arguments, f"run.dir={autoencoder}", chosen], autoencoder, config)
     codec = out / "codec"
-    demo.stage("codec", ["export", str(autoencoder), "-o", str(codec)], before=lambda: _remove(codec))
+    demo.stage("codec", ["export", str(autoencoder), "-o", str(codec), "--replace"], codec)
 
-    text = write_untrained_encoders(out / "encoders", seed=0)
-    names = [f"{name}={getattr(text, name)}" for name in ("t5", "clip_l", "clip_g")]
-    encoded = [f"source={source}", f"index={index}", f"out={out / 'encoded'}", f"autoencoder={codec}"]
-    encoders = [f"text.{name}" for name in names]
-    demo.stage("preencode", ["preencode", str(CONFIGS / f"preencode/demo_{kind}.yaml"), *encoded, *encoders])
+    folder = out / "encoders"
+    demo.stage("encoders", ["data", "encoders", str(folder)], folder)
+    names = [f"{name}={folder / name}" for name in ("t5", "clip_l", "clip_g")]
+    config, encoded = CONFIGS / f"preencode/demo_{kind}.yaml", out / "encoded"
+    arguments = ["preencode", str(config), f"source={source}", f"index={index}", f"out={encoded}"]
+    arguments += [f"autoencoder={codec}", *(f"text.{name}" for name in names)]
+    demo.stage("preencode", arguments, encoded, config)
 
     model, config = out / "mmdit", out / "train.yaml"
-    shown = _prompts(prompts, out / "encoded") if shards else []
-    _write_config(config, CONFIGS / f"train/demo_{kind}.yaml", shown)
-    arguments = ["train", str(config), f"data.path={out / 'encoded'}", f"objective.autoencoder={codec}"]
+    shown = shown or _captions(encoded)
+    _write_config(config, CONFIGS / f"train/demo_{kind}.yaml", shown if shards else [])
+    arguments = ["train", str(config), f"data.path={encoded}", f"objective.autoencoder={codec}"]
     arguments += [*(f"objective.text.{name}" for name in names), "--ranks", str(ranks)]
     left = budget - (time.monotonic() - began) - RESERVE_SECONDS[kind]
-    chosen = steps("mmdit_steps", arguments, config, left)
-    demo.stage("train", [*arguments, f"run.dir={model}", chosen])
+    chosen = steps("mmdit", arguments, config, left)
+    demo.stage("train", [*arguments, f"run.dir={model}", chosen], model, config)
 
     listed = out / "prompts.txt"
     with publish(listed) as temporary:
-        temporary.write_text("\n".join(shown or SCENE_PROMPTS) + "\n")
-    resolved = configuration.load(TrainConfig, model / "config.yaml").objective
-    assert isinstance(resolved, RectifiedFlowConfig)
-    size = "x".join(map(str, resolved.preview.size))
-    drawn = ["sample", str(model), "--prompts", str(listed), "--size", size, "--seed", "1"]
-    demo.stage("sample", [*drawn, "-o", str(out / "samples.png")])
+        temporary.write_text("\n".join(shown) + "\n")
+    grid = out / "samples.png"
+    demo.stage("sample", ["sample", str(model), "--prompts", str(listed), "--seed", "1", "-o", str(grid)], grid, listed)
     scenes = ["--scenes", str(NUM_SCENES)] if shards is None else []
-    demo.stage("evaluate", ["evaluate", str(model), *scenes])
+    demo.stage("evaluate", ["evaluate", str(model), *scenes], model / "eval")
     exported = out / "export"
-    demo.stage("export", ["export", str(model), "-o", str(exported)], before=lambda: _remove(exported))
+    demo.stage("export", ["export", str(model), "-o", str(exported), "--replace"], exported)
     _report(demo, autoencoder, model, ranks)
 
 
-def _prompts(listed: Path | None, encoded: Path) -> list[str]:
-    """What the user lists, or NUM_PROMPTS captions spread over the data set."""
+def _listed(prompts: Path) -> list[str]:
+    from stack.config import UserError
+
+    lines = [line.strip() for line in prompts.read_text().splitlines() if line.strip()]
+    if not lines:
+        raise UserError(f"{prompts}: holds no prompt")
+    return lines
+
+
+def _captions(encoded: Path) -> list[str]:
+    """NUM_PROMPTS captions spread over the data set."""
     from stack.data.shards import ShardReader, ShardSet, index_shards
 
-    if listed is not None:
-        return [line.strip() for line in listed.read_text().splitlines() if line.strip()]
     shards = ShardSet(index_shards(encoded))
     reader = ShardReader(shards.indices)
     count = min(NUM_PROMPTS, shards.num_samples)
@@ -241,15 +258,7 @@ def _write_config(path: Path, base: Path, prompts: list[str]) -> None:
 
     preview = {"objective": {"preview": {"prompts": prompts}}} if prompts else {}
     with publish(path) as temporary:
-        temporary.write_text(
-            yaml.safe_dump({"base": os.path.relpath(base, path.parent), **preview}, allow_unicode=True)
-        )
-
-
-def _remove(folder: Path) -> None:
-    import shutil
-
-    shutil.rmtree(folder, ignore_errors=True)
+        temporary.write_text(yaml.safe_dump({"base": str(base.resolve()), **preview}, allow_unicode=True))
 
 
 def _report(demo: Demo, autoencoder: Path, model: Path, ranks: int) -> None:
@@ -261,7 +270,7 @@ def _report(demo: Demo, autoencoder: Path, model: Path, ranks: int) -> None:
     resolved = configuration.load(TrainConfig, model / "config.yaml")
     result = json.loads((model / "eval.jsonl").read_text().splitlines()[-1])
     validation = [line["val_loss"] for line in read_metrics(model) if "val_loss" in line]
-    stages = {name: record for name, record in demo.done.items() if "command" in record}
+    stages = {name: record for name, record in demo.done.items() if record.get("finished")}
     seconds = {name: round(record["seconds"], 1) for name, record in stages.items()}
     names = {"seen_1": "one shape, seen", "heldout_1": "one shape, held out"}
     names |= {"seen_2": "two shapes, seen", "heldout_2": "two shapes, one held out"}

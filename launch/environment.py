@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import signal
@@ -15,6 +16,8 @@ from typing import BinaryIO
 
 import click
 
+from stack.config import UserError
+
 # glibc gives freed memory back to the kernel at once and a training step then spends its time on page faults:
 # keep what was used. Read by malloc at start-up, so they are set for processes that are started from here.
 MALLOC = {
@@ -23,7 +26,8 @@ MALLOC = {
     "MALLOC_TOP_PAD_": str(256 << 20),
 }
 
-STOPPED = 85  # a run that was asked to stop and has saved (stack.train.preempt.EXIT_CODE)
+STOPPED = 85  # a run that was asked to stop and has saved (stack.train.preempt.EXIT_CODE, without its imports)
+PR_SET_PDEATHSIG = 1  # of prctl(2)
 
 
 def set_defaults() -> None:
@@ -36,8 +40,19 @@ def set_defaults() -> None:
 
 
 def is_rank() -> bool:
-    """Whether a launcher has already said which rank this process is."""
+    """Whether a launcher has already said which rank this process is.
+
+    Raises UserError for a Slurm step of several tasks without ranks: each would train alone, in one folder.
+    """
+    if "RANK" not in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+        raise UserError("srun started several tasks without RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT")
     return "RANK" in os.environ
+
+
+def die_with_parent() -> None:
+    """In a child: be killed when the parent dies, however it dies (Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def spawn(arguments: Sequence[str], ranks: int) -> int:
@@ -57,7 +72,9 @@ def spawn(arguments: Sequence[str], ranks: int) -> int:
             environment = {**MALLOC, "OMP_NUM_THREADS": str(threads), **os.environ}
             environment.update(zip(VARIABLES, values, strict=True))
             command = [sys.executable, "-m", "launch.cli", *arguments]
-            processes.append(subprocess.Popen(command, env=environment, stdout=output, stderr=output))
+            processes.append(
+                subprocess.Popen(command, env=environment, stdout=output, stderr=output, preexec_fn=die_with_parent)
+            )
         failed = _wait(processes)
         if failed is None:
             return 0

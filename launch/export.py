@@ -10,13 +10,14 @@ import click
 
 @click.command("export")
 @click.argument("run", type=click.Path(path_type=Path))
-@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="A new folder.")
+@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Folder to write.")
+@click.option("--replace", is_flag=True, help="Replace the folder where it exists.")
 @click.option("--step", type=int, help="Snapshot of this training step; the newest if not given.")
 @click.option("--samples", default=2048, show_default=True, help="Images for an autoencoder's latent statistics.")
-def command(run: Path, out: Path, step: int | None, samples: int) -> None:
+def command(run: Path, out: Path, replace: bool, step: int | None, samples: int) -> None:
     """Write the averaged weights of RUN: an MM-DiT as safetensors with its config, an autoencoder as a diffusers folder
     whose scale and shift are measured on the training images."""
     from stack.export.weights import export
 
-    facts = export(run, out, step, samples)
+    facts = export(run, out, step, samples, replace)
     click.echo(f"{out}: {json.dumps(facts)}")

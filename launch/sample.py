@@ -12,27 +12,30 @@ import click
 @click.argument("prompt", required=False)
 @click.option("--prompts", type=click.Path(path_type=Path), help="A text file, one prompt a line: a grid is drawn.")
 @click.option("-o", "--out", type=click.Path(path_type=Path), default=Path("sample.png"), show_default=True)
-@click.option("--steps", default=20, show_default=True, help="Solver steps.")
-@click.option("--solver", type=click.Choice(["euler", "heun"]), default="euler", show_default=True)
-@click.option("--guidance", default=4.0, show_default=True, help="Classifier-free guidance; 1 is none.")
-@click.option("--shift", default=1.0, show_default=True, help="Resolution shift of the time grid.")
+@click.option("--steps", type=int, help="Solver steps.")
+@click.option("--solver", type=click.Choice(["euler", "heun"]))
+@click.option("--guidance", type=float, help="Classifier-free guidance; 1 is none.")
+@click.option("--shift", type=float, help="Resolution shift of the time grid.")
 @click.option("--seed", default=0, show_default=True)
-@click.option("--size", default="32x32", show_default=True, help="WIDTHxHEIGHT in pixels.")
+@click.option("--size", help="WIDTHxHEIGHT in pixels.")
 @click.option("--step", type=int, help="Snapshot of this training step; the newest if not given.")
 def command(
     run: Path,
     prompt: str | None,
     prompts: Path | None,
     out: Path,
-    steps: int,
-    solver: str,
-    guidance: float,
-    shift: float,
+    steps: int | None,
+    solver: str | None,
+    guidance: float | None,
+    shift: float | None,
     seed: int,
-    size: str,
+    size: str | None,
     step: int | None,
 ) -> None:
-    """Draw an image for PROMPT (or a grid for a file of prompts) with the averaged weights of RUN."""
+    """Draw an image for PROMPT (or a grid for a file of prompts) with the averaged weights of RUN.
+
+    What is not given is as in the run's own sample grids.
+    """
     import numpy as np
     from PIL import Image
 
@@ -45,19 +48,27 @@ def command(
 
     if (prompt is None) == (prompts is None):
         raise UserError("give either a PROMPT or --prompts FILE")
-    width, cross, height = size.partition("x")
-    if not (cross and width.isdigit() and height.isdigit()):
-        raise UserError(f"--size {size!r} is not of the form WIDTHxHEIGHT")
     texts = [prompt] if prompt is not None else []
     if prompts is not None:
         texts = [line.strip() for line in prompts.read_text().splitlines() if line.strip()]
     if not texts:
         raise UserError(f"{prompts}: holds no prompt")
-    values = {"solver": solver, "steps": steps, "guidance": guidance, "shift": shift}
+    sampler, encoders, snap = load_sampler(run, dist.device(), step)
+    asked = {"solver": solver, "steps": steps, "guidance": guidance, "shift": shift, "size": _sides(size)}
+    values = snap.metadata["sampling"] | {key: value for key, value in asked.items() if value is not None}
+    width, height = values.pop("size")
     config = validate(SamplerConfig, values, "options")
-    sampler, snap = load_sampler(run, dist.device(), step)
-    images = sampler.from_prompts(texts, (int(width), int(height)), config, seed)
+    images = sampler.sample(encoders.encode(texts), (width, height), config, range(len(texts)), seed)
     picture = contact_sheet(images, texts) if prompts is not None else Image.fromarray(np.asarray(images[0]))
     with publish(out) as temporary:
         picture.save(temporary, format=Image.registered_extensions().get(out.suffix.lower(), "PNG"))
     click.echo(f"{out}: {len(texts)} image{'s' * (len(texts) > 1)}, snapshot of step {snap.step}")
+
+
+def _sides(size: str | None) -> tuple[int, int] | None:
+    if size is None:
+        return None
+    width, _, height = size.partition("x")
+    if not (width.isdigit() and height.isdigit()):
+        raise click.BadParameter(f"{size!r} is not of the form WIDTHxHEIGHT", param_hint="--size")
+    return int(width), int(height)

@@ -20,12 +20,17 @@ def command(config: Path, overrides: tuple[str, ...], ranks: int, dry_run: bool)
     """
     from launch import environment
     from stack import config as configuration
+    from stack.data.plan import check_division
     from stack.train.recipe import TrainConfig
 
     if ranks < 1:
         raise click.BadParameter("at least 1", param_hint="--ranks")
     resolved = configuration.load(TrainConfig, config, overrides)
-    if ranks > 1 and not environment.is_rank() and not dry_run:
+    if not environment.is_rank() and ranks > 1 and not dry_run:
+        import torch
+
+        if 0 < torch.cuda.device_count() < ranks:
+            raise click.BadParameter(f"this machine has {torch.cuda.device_count()} GPUs", param_hint="--ranks")
         raise click.exceptions.Exit(environment.spawn(["train", str(config), *overrides], ranks))
 
     from stack import dist
@@ -35,6 +40,7 @@ def command(config: Path, overrides: tuple[str, ...], ranks: int, dry_run: bool)
     from stack.train.recipe import build
 
     if dry_run:
+        check_division(resolved.data.batch_size, ranks, resolved.parallel.accumulate)
         data, objective = build(resolved, dist.device())
         count = sum(p.numel() for p in objective.network.parameters())
         click.echo(configuration.dump(resolved))
@@ -42,10 +48,10 @@ def command(config: Path, overrides: tuple[str, ...], ranks: int, dry_run: bool)
         return
     dist.init()
     try:
-        if not train(resolved):
-            raise click.exceptions.Exit(EXIT_CODE)
+        finished = train(resolved)
     except NonFiniteError as error:
         click.echo(f"mmdit: {error}", err=True)
         raise click.exceptions.Exit(1) from None
-    finally:
-        dist.shutdown()
+    dist.shutdown()
+    if not finished:
+        raise click.exceptions.Exit(EXIT_CODE)

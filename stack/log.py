@@ -5,20 +5,25 @@ Also how every file of this stack is published: written under a temporary name, 
 
 from __future__ import annotations
 
+import fcntl
 import json
+import math
 import os
+import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import PositiveInt
+
 from stack import dist
 from stack.config import Config
 
 
 class LogConfig(Config):
-    every: int = 10
+    every: PositiveInt = 10
     """Steps between two lines of metrics."""
     wandb: Literal["disabled", "offline", "online"] = "offline"
     project: str = "mmdit"
@@ -36,7 +41,7 @@ def say(message: str) -> None:
 def publish(path: Path) -> Iterator[Path]:
     """A temporary path beside `path`; on success it is renamed to `path` with mode 0644, else removed."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
     try:
         yield temporary
         os.chmod(temporary, 0o644)
@@ -46,10 +51,26 @@ def publish(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
+def lock(path: Path) -> Iterator[bool]:
+    """True if this process alone holds `path`; the kernel lets go of it when the process dies."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle = os.open(path, os.O_CREAT | os.O_RDWR, 0o644)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        yield True
+    finally:
+        os.close(handle)
+
+
+@contextmanager
 def progress(description: str, total: int, unit: str, done: int = 0) -> Iterator[Any]:
-    """A function `advance(n, note="")` that moves a rich bar on a terminal and prints plain lines elsewhere."""
+    """A function `advance(n, note=None)` that moves a rich bar on a terminal and prints plain lines elsewhere."""
     if dist.rank() != 0:
-        yield lambda n=1, note="": None
+        yield lambda n=1, note=None: None
         return
     if sys.stderr.isatty():
         yield from _bar(description, total, unit, done)
@@ -67,9 +88,11 @@ def _bar(description: str, total: int, unit: str, done: int) -> Iterator[Any]:
     ) as bar:
         task = bar.add_task(description, total=total, completed=done, note="", speed="")
 
-        def advance(n: int = 1, note: str = "") -> None:
+        def advance(n: int = 1, note: str | None = None) -> None:
             speed = bar.tasks[task].speed
-            bar.update(task, advance=n, note=note, speed=f"{speed:.1f} {unit}/s" if speed else "")
+            bar.update(task, advance=n, speed=f"{speed:.1f} {unit}/s" if speed else "")
+            if note is not None:
+                bar.update(task, note=note)
 
         yield advance
 
@@ -77,17 +100,18 @@ def _bar(description: str, total: int, unit: str, done: int) -> Iterator[Any]:
 def _lines(description: str, total: int, unit: str, done: int) -> Iterator[Any]:
     import time
 
-    began, first, last = time.monotonic(), done, time.monotonic()
+    began, first, last, shown = time.monotonic(), done, time.monotonic(), ""
 
-    def advance(n: int = 1, note: str = "") -> None:
-        nonlocal done, last
+    def advance(n: int = 1, note: str | None = None) -> None:
+        nonlocal done, last, shown
         done += n
+        shown = shown if note is None else note
         now = time.monotonic()
         if now - last > 10 or done >= total:
             last = now
             speed = (done - first) / max(now - began, 1e-9)
             left = (total - done) / max(speed, 1e-9)
-            say(f"{description} {done}/{total} {speed:.1f} {unit}/s, {left:.0f} s left  {note}".rstrip())
+            say(f"{description} {done}/{total} {speed:.1f} {unit}/s, {left:.0f} s left  {shown}".rstrip())
 
     yield advance
 
@@ -129,10 +153,11 @@ class Metrics:
             say(f"wandb is off: {error}")
 
     def write(self, values: dict[str, Any]) -> None:
-        """Append one line; `values` holds "step"."""
+        """Append one line; `values` holds "step". What is not finite is written as null."""
         if dist.rank() != 0:
             return
-        self._file.write(json.dumps(values) + "\n")
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        self._file.write(json.dumps(finite) + "\n")
         self._mirror("log", values)
 
     def _mirror(self, method: str, *arguments: Any) -> None:
@@ -142,6 +167,11 @@ class Metrics:
             except Exception as error:
                 say(f"wandb is off from here: {error}")
                 self._wandb = None
+
+    def sync(self) -> None:
+        """Bring the lines to the disk: a checkpoint must not be ahead of them."""
+        if dist.rank() == 0:
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         if dist.rank() == 0:

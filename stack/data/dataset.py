@@ -5,6 +5,7 @@ Shapes: B batch · C channels · H W height, width (pixels of an image, or posit
 
 from __future__ import annotations
 
+import signal
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -13,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
+from pydantic import Field, NonNegativeInt, PositiveInt
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -22,7 +24,7 @@ from stack.data.buckets import BucketRule, buckets_for
 from stack.data.images import decode_image, to_bucket
 from stack.data.plan import BatchPlan, Draw, StepSampler
 from stack.data.safety import DecodeError, Rejected, RejectLog
-from stack.data.schema import MANIFEST, EncodedSample, load_manifest, sample_from_bytes
+from stack.data.schema import EncodedSample, load_manifest, sample_from_bytes
 from stack.data.shards import ShardReader, ShardSet, index_shards
 from stack.log import say
 from stack.text.conditioning import TextBatch, collate
@@ -31,12 +33,12 @@ from stack.text.conditioning import TextBatch, collate
 class DataConfig(Config):
     """What both kinds of data have."""
 
-    batch_size: int = 64
+    batch_size: PositiveInt = 64
     """Global: over all ranks and micro-batches."""
-    validation_share: float = 0.03
-    """Samples held out for validation, chosen by a hash of their key."""
-    max_validation: int = 512
-    workers: int = 0
+    validation_share: float = Field(default=0.03, ge=0, lt=1)
+    """Samples held out for validation, chosen by a hash of their key; at most max_validation."""
+    max_validation: NonNegativeInt = 512
+    workers: NonNegativeInt = 0
     """Loader processes a rank."""
 
 
@@ -52,7 +54,7 @@ class ImageData(DataConfig):
     """Raw shards: a folder, a .tar or a glob."""
     index: Path | None = None
     """Folder for the shards' indices; beside the shards if not given."""
-    resolution: int = 32
+    resolution: PositiveInt = 32
 
 
 @dataclass
@@ -67,8 +69,8 @@ class LatentBatch:
     def to(self, device: torch.device) -> LatentBatch:
         return replace(
             self,
-            mean_BCHW=self.mean_BCHW.to(device, torch.float32, non_blocking=True),
-            logvar_BCHW=self.logvar_BCHW.to(device, torch.float32, non_blocking=True),
+            mean_BCHW=self.mean_BCHW.to(device, torch.float32),
+            logvar_BCHW=self.logvar_BCHW.to(device, torch.float32),
             text=self.text.to(device),
         )
 
@@ -82,13 +84,19 @@ class ImageBatch:
     """In −1…1."""
 
     def to(self, device: torch.device) -> ImageBatch:
-        return replace(self, image_BCHW=self.image_BCHW.to(device, non_blocking=True))
+        return replace(self, image_BCHW=self.image_BCHW.to(device))
 
 
 class Item(NamedTuple):
     draw: Draw
     key: str
     value: Any
+
+
+def _leave_signals_to_the_rank(worker: int) -> None:
+    """A cluster signals every process of a step; a worker that died of it would take the agreed save with it."""
+    for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class ShardData(Dataset):
@@ -98,13 +106,14 @@ class ShardData(Dataset):
         self.shards = shards
         self._reader = ShardReader(shards.indices)
         self.config = config
-        everyone = np.arange(shards.num_samples)
-        threshold = int(config.validation_share * 2**32)
-        hashes = np.array([zlib.crc32(shards.key(int(i)).encode()) for i in everyone], dtype=np.int64)
-        held_out = hashes < threshold
-        self._train = everyone[~held_out]
-        order = everyone[held_out][np.argsort(hashes[held_out], kind="stable")][: config.max_validation]
-        self._validation = order[np.argsort(buckets[order], kind="stable")]
+        names = (key for index in shards.indices for key in index.keys.tolist())
+        hashes = np.array([zlib.crc32(name.encode(errors="surrogateescape")) for name in names], dtype=np.int64)
+        lowest = np.argsort(hashes, kind="stable")[: config.max_validation]
+        chosen = lowest[hashes[lowest] < int(config.validation_share * 2**32)]
+        self._validation = chosen[np.argsort(buckets[chosen], kind="stable")]
+        self._held_out = np.zeros(shards.num_samples, dtype=bool)
+        self._held_out[chosen] = True
+        self._train = np.flatnonzero(~self._held_out)
         if len(self._train) == 0:
             raise UserError("data: no training samples; check the shards, or lower data.validation_share")
         self._buckets = buckets
@@ -135,7 +144,7 @@ class ShardData(Dataset):
             batch_sampler=sampler,
             collate_fn=self.collate,
             num_workers=self.config.workers,
-            pin_memory=torch.cuda.is_available(),
+            worker_init_fn=_leave_signals_to_the_rank,
         )
 
     def validation(self, batch_size: int) -> Iterator[Any]:
@@ -160,11 +169,7 @@ class LatentDataset(ShardData):
         self.folder = config.path
         self.manifest = load_manifest(config.path)
         shards = ShardSet(index_shards(config.path))
-        found, expected = shards.num_samples, self.manifest.samples
-        if found != expected:
-            raise UserError(
-                f"{config.path / MANIFEST} counts {expected} samples, the shards hold {found}: encode again"
-            )
+        self.manifest.check_shards(config.path, {index.path.name: len(index) for index in shards.indices})
         factor = self.manifest.latent_factor
         sides = [(width // factor, height // factor) for width, height in self.manifest.buckets]
         buckets = np.array([sides.index((w, h)) for w, h in zip(shards.width, shards.height, strict=True)])
@@ -187,7 +192,7 @@ class LatentDataset(ShardData):
 class ImageDataset(ShardData):
     """Raw images, resized and cropped to their buckets."""
 
-    def __init__(self, config: ImageData, seed: int, rejected: RejectLog):
+    def __init__(self, config: ImageData, seed: int, rejected: RejectLog | None = None):
         self._log = rejected
         self._listed: set[tuple[str, str]] = set()
         shards = ShardSet(index_shards(config.source, config.index))
@@ -218,13 +223,15 @@ class ImageDataset(ShardData):
 
     def _candidates(self, sample: int) -> Iterator[int]:
         yield sample
-        alike = np.flatnonzero(self._buckets == self._buckets[sample])
+        same_half = self._held_out == self._held_out[sample]
+        alike = np.flatnonzero((self._buckets == self._buckets[sample]) & same_half)
         yield from np.roll(alike, -int(np.searchsorted(alike, sample)) - 1).tolist()
 
     def _reject(self, shard: str, rejected: Rejected) -> None:
         if (shard, rejected.key) not in self._listed:
             self._listed.add((shard, rejected.key))
-            self._log.add(shard, rejected.key, rejected.reason)
+            if self._log is not None:
+                self._log.add(shard, rejected.key, rejected.reason)
             say(f"{shard}: {rejected.key}: {rejected.reason}: left out")
 
     def collate(self, items: Sequence[Item]) -> ImageBatch:

@@ -122,7 +122,7 @@ def rank_slice(batch: np.ndarray, rank: int, world: int) -> tuple[np.ndarray, np
 
     Raises UserError if the batch cannot be cut into `world` equal slices.
     """
-    _check_division(len(batch), world, 1)
+    check_division(len(batch), world, 1)
     return np.arange(rank, len(batch), world), batch[rank::world]
 
 
@@ -136,7 +136,7 @@ class StepSampler:
     def __init__(
         self, plan: BatchPlan, start_step: int, stop_step: int, rank: int, world: int, micro_batches: int
     ) -> None:
-        _check_division(plan.batch_size, world, micro_batches)
+        check_division(plan.batch_size, world, micro_batches)
         self.plan = plan
         self.steps = range(start_step, stop_step)
         self.rank, self.world, self.micro_batches = rank, world, micro_batches
@@ -153,7 +153,8 @@ class StepSampler:
                 yield draws[start : start + micro_batch_size]
 
 
-def _check_division(batch_size: int, world: int, micro_batches: int) -> None:
+def check_division(batch_size: int, world: int, micro_batches: int) -> None:
+    """UserError where a global batch cannot be cut into equal micro-batches of all ranks."""
     if batch_size % (world * micro_batches):
         raise UserError(
             f"batch_size {batch_size} is not divisible by ranks × accumulation = {world} × {micro_batches}; "

@@ -96,14 +96,25 @@ class Manifest(Config):
 
         return text_from(load(base64.b64decode(self.empty_caption)))
 
-    def check(self, folder: Path, expected: dict[str, object]) -> None:
-        """UserError naming both values where the manifest and the configuration disagree."""
-        own = {**self.model_dump(), **{f"encoders.{name}": value for name, value in self.encoders.items()}}
-        for key, value in expected.items():
-            if own.get(key) != value:
+    def check(self, folder: Path, encoders: dict[str, str], pad: str, t5_max_tokens: int) -> None:
+        """UserError naming both values where the manifest and a configuration disagree."""
+        names = sorted({*self.encoders, *encoders})
+        pairs = [(f"encoders.{name}", self.encoders.get(name), encoders.get(name)) for name in names]
+        for key, own, other in [*pairs, ("pad", self.pad, pad), ("t5_max_tokens", self.t5_max_tokens, t5_max_tokens)]:
+            if own != other:
                 raise UserError(
-                    f"{folder / MANIFEST}: {key} is {own.get(key)!r}, this configuration has {value!r}: "
-                    "encode the data again with this configuration, or name the encoder that made it"
+                    f"{folder / MANIFEST}: {key} is {own!r}, this configuration has {other!r}: "
+                    "encode the data again with this configuration, or name the encoders that made it"
+                )
+
+    def check_shards(self, folder: Path, found: dict[str, int]) -> None:
+        """UserError where the shards of `folder` (name → samples) are not those of the manifest."""
+        known = {name: record.samples for name, record in self.shards.items()}
+        for name in sorted({*known, *found}):
+            if known.get(name) != found.get(name):
+                raise UserError(
+                    f"{folder / name}: {found.get(name, 0)} samples, {MANIFEST} says {known.get(name, 0)}: "
+                    "restore the shard, or encode again into a new folder"
                 )
 
 

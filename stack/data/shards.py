@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import re
+import socket
 import zipfile
 import zlib
 from collections import OrderedDict
@@ -82,7 +83,7 @@ class ShardIndex:
             **{f"length.{extension}": lengths for extension, lengths in self.lengths.items()},
         }
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        partial = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
         try:
             with partial.open("wb") as file:
                 np.savez_compressed(file, **arrays)
@@ -228,12 +229,12 @@ def index_shards(
     is NNNNN.index.npz beside its shard, or in a subfolder of `cache` named after the shard's folder; one whose shard
     has another size or time of change is built again. `progress(done, total)` is called after each shard.
 
-    Raises UserError where there is no shard, or no index can be written.
+    Raises UserError where there is no shard, or an index cannot be written into `cache`.
     """
     paths = find_shards(source)
     indices = []
     for done, path in enumerate(paths, 1):
-        indices.append(_load_or_build(path, _index_path(path, cache)))
+        indices.append(_load_or_build(path, _index_path(path, cache), cache is not None))
         if progress is not None:
             progress(done, len(paths))
     return indices
@@ -278,7 +279,8 @@ def _index_path(shard: Path, cache: Path | None) -> Path:
     return cache / f"{folder.name}-{hashlib.sha256(os.fsencode(folder)).hexdigest()[:8]}" / name
 
 
-def _load_or_build(shard: Path, index_path: Path) -> ShardIndex:
+def _load_or_build(shard: Path, index_path: Path, cache_was_named: bool) -> ShardIndex:
+    """A folder of shards that cannot be written to is read all the same, its index built each time."""
     if index_path.exists():
         try:
             index = ShardIndex.load(index_path, shard)
@@ -292,9 +294,8 @@ def _load_or_build(shard: Path, index_path: Path) -> ShardIndex:
     try:
         index.save(index_path)
     except OSError as error:
-        raise UserError(
-            f"{index_path}: index cannot be written ({error.strerror}); name another cache folder"
-        ) from None
+        if cache_was_named:
+            raise UserError(f"{index_path}: index cannot be written ({error.strerror}); name another folder") from None
     return index
 
 

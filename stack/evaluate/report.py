@@ -29,10 +29,10 @@ def curves(run: Path) -> str:
     figure = Figure(figsize=(6.4, 3.2), layout="constrained")
     axes = figure.add_subplot()
     for name, label, style in (("loss", "training", "-"), ("val_loss", "validation (averaged weights)", "o-")):
-        points = [(line["step"], line[name]) for line in lines if name in line]
+        points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
         if points:
             axes.plot(*zip(*points, strict=True), style, label=label, linewidth=1.2, markersize=4)
-    values = [line[name] for line in lines for name in ("loss", "val_loss") if name in line]
+    values = [line[name] for line in lines for name in ("loss", "val_loss") if line.get(name) is not None]
     if values:
         ordered = sorted(values)
         axes.set_ylim(0.95 * ordered[0], 1.1 * ordered[int(0.97 * (len(ordered) - 1))])

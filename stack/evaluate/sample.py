@@ -15,7 +15,9 @@ from stack.train.rectified_flow import encoder_fingerprints
 from stack.train.sampler import Sampler
 
 
-def load_sampler(run: Path, device: torch.device, step: int | None = None) -> tuple[Sampler, snapshot.Snapshot]:
+def load_sampler(
+    run: Path, device: torch.device, step: int | None = None
+) -> tuple[Sampler, TextEncoders, snapshot.Snapshot]:
     """The averaged network of snapshot `step` (default: the newest) with the encoders and codec it was trained on.
 
     Raises UserError where an encoder is not the one of the training.
@@ -33,4 +35,4 @@ def load_sampler(run: Path, device: torch.device, step: int | None = None) -> tu
     network = MMDiT(MMDiTConfig(**snap.metadata["model"]))
     network.load_state_dict(snap.weights)
     network = network.to(device).eval()
-    return Sampler(network, Codec.load(autoencoder).to(device), TextEncoders(text, device)), snap
+    return Sampler(network, Codec.load(autoencoder).to(device), text.pad), TextEncoders(text, device), snap

@@ -7,7 +7,7 @@ learnt, and the image is read before the scene is looked at.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -194,8 +194,12 @@ def _compare(found: list[Detection], scene: Scene, position: bool) -> Verdict:
 
 
 def accuracy(images: Iterable[np.ndarray], scenes: Iterable[Scene]) -> dict[str, float]:
-    """Shares of the images that are right in shape, colour, position and all three (`all_right`), and their number."""
-    verdicts = [judge(image, scene) for image, scene in zip(images, scenes, strict=True)]
+    """`shares` of the verdicts on `images`."""
+    return shares([judge(image, scene) for image, scene in zip(images, scenes, strict=True)])
+
+
+def shares(verdicts: Sequence[Verdict]) -> dict[str, float]:
+    """Shares of what is right in shape, colour, position and all three (`all_right`), and the number of verdicts."""
     if not verdicts:
         raise ValueError("accuracy of no images")
     names = ("shape", "colour", "position", "all_right")

@@ -14,7 +14,6 @@ from stack import config as configuration
 from stack import dist
 from stack.config import UserError
 from stack.data.dataset import ImageData, ImageDataset
-from stack.data.safety import RejectLog
 from stack.flow.noise import NoisePlan
 from stack.log import publish
 from stack.train import autoencoder, snapshot
@@ -22,13 +21,15 @@ from stack.train.autoencoder import AutoencoderConfig
 from stack.train.recipe import TrainConfig
 
 
-def export(run: Path, out: Path, step: int | None, num_samples: int) -> dict[str, Any]:
-    """Write snapshot `step` (default: the newest) of `run` into the new folder `out`, which appears by rename.
+def export(run: Path, out: Path, step: int | None, num_samples: int, replace: bool) -> dict[str, Any]:
+    """Write snapshot `step` (default: the newest) of `run` into the folder `out`, which appears by rename.
+
+    UserError where `out` exists and is not to be replaced.
 
     num_samples: images over which an autoencoder's latent statistics are measured. Returns facts to show.
     """
-    if out.exists():
-        raise UserError(f"{out} exists already: remove it, or name another folder")
+    if out.exists() and not replace:
+        raise UserError(f"{out} exists already: name another folder, or give --replace")
     snap = snapshot.read(run, step)
     partial = out.with_name(f".{out.name}.tmp")
     shutil.rmtree(partial, ignore_errors=True)
@@ -39,6 +40,7 @@ def export(run: Path, out: Path, step: int | None, num_samples: int) -> dict[str
         facts = _mmdit(snap, partial)
     for file in partial.iterdir():
         file.chmod(0o644)
+    shutil.rmtree(out, ignore_errors=True)
     partial.rename(out)
     return facts
 
@@ -59,7 +61,7 @@ def _autoencoder(run: Path, snap: snapshot.Snapshot, out: Path, num_samples: int
     codec = autoencoder.build(AutoencoderConfig(**snap.metadata["autoencoder"]), seed=0)
     codec.load_state_dict(snap.weights)
     codec = codec.to(dist.device()).eval()
-    data = ImageDataset(config.data, config.run.seed, RejectLog(run / "rejected.jsonl"))
+    data = ImageDataset(config.data, config.run.seed)
     steps = -(-num_samples // config.data.batch_size)
     positions, total, squares = 0, torch.zeros(codec.channels), torch.zeros(codec.channels)
     total, squares = total.double(), squares.double()

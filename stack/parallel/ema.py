@@ -6,6 +6,7 @@ No gather until a snapshot is written: a step costs one pass over the rank's sha
 from __future__ import annotations
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from stack.config import Config
@@ -13,7 +14,7 @@ from stack.parallel.engine import Engine, Partition, gather
 
 
 class EmaConfig(Config):
-    decay: float = 0.9999
+    decay: float = Field(default=0.9999, ge=0, lt=1)
     """The average's decay a step; early on min(decay, (1+n)/(10+n)) after n steps, so that the start is forgotten."""
 
 

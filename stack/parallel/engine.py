@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 import torch.distributed as tdist
+from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from stack import dist
@@ -24,20 +25,21 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 class OptimConfig(Config):
     """AdamW (Loshchilov & Hutter, arXiv 1711.05101)."""
 
-    lr: float = 1e-4
+    lr: PositiveFloat = 1e-4
     betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1e-8
-    weight_decay: float = 0.1
-    clip: float = 1.0
+    eps: PositiveFloat = 1e-8
+    weight_decay: NonNegativeFloat = 0.1
+    clip: PositiveFloat = 1.0
     """Largest norm of the gradient over all parameters."""
 
 
 class ParallelConfig(Config):
     engine: Literal["local", "zero"] = "local"
     zero_stage: Literal[0, 1, 2, 3] = 2
+    """Stage 0 has no fp32 partitions beside bf16 weights and needs precision fp32."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: bf16 on a GPU, fp32 on a CPU. Master weights and moments are always fp32."""
-    accumulate: int = 1
+    accumulate: PositiveInt = 1
     """Micro-batches a step."""
 
     def dtype(self, device: torch.device) -> torch.dtype:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -39,6 +41,21 @@ def deepspeed_config(optim: OptimConfig, parallel: ParallelConfig, micro_batch_s
     }
 
 
+def _import_deepspeed(device: torch.device) -> ModuleType:
+    """DeepSpeed, joined to the process group that exists, without what it would look for, say or compile."""
+    if device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("DEEPSPEED_TIMEOUT", "30")
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # "No CUDA runtime is found"
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # C++ compiled on first use, for inference only
+    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+    return deepspeed
+
+
 class ZeroEngine:
     """A network under DeepSpeed, with its optimizer's flat partitions laid open."""
 
@@ -50,13 +67,7 @@ class ZeroEngine:
         micro_batch_size: int,
         device: torch.device,
     ):
-        if device.type == "cpu":
-            os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        os.environ.setdefault("DEEPSPEED_TIMEOUT", "30")
-        import deepspeed
-
-        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-        deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+        deepspeed = _import_deepspeed(device)
         self.dtype = parallel.dtype(device)
         self._stage = parallel.zero_stage
         bf16 = self.dtype == torch.bfloat16

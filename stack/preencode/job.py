@@ -34,11 +34,13 @@ from stack.data.schema import (
     to_bytes,
 )
 from stack.data.shards import ShardReader, ShardSet, index_shards
-from stack.log import progress, publish, say
-from stack.preencode.writer import ShardWriter, lock, stats_path, sweep
+from stack.log import lock, progress, publish, say
+from stack.preencode.writer import ShardWriter, stats_path, sweep
 from stack.text.encoders import TextConfig, TextEncoders, fingerprints
 
 CHUNK_BATCHES = 4
+MAX_KEY_BYTES = 80
+"""A tar's plain header holds names of 100."""
 
 
 class PreencodeConfig(Config):
@@ -78,11 +80,13 @@ def preencode(config: PreencodeConfig) -> Manifest | None:
     mark = _mark(config, source)
     _claim(config.out, mark)
     targets = [config.out / name for name in names]
+    for index, target in zip(source.indices, targets, strict=True):
+        if index.path.resolve() == target.resolve():
+            raise UserError(f"out: {config.out} is the folder of the source shards, which would be overwritten")
     finished = [_stats(target, mark) is not None for target in targets]
-    left = sum(len(index) for index, done in zip(source.indices, finished, strict=True) if not done)
-    if left:
+    if not all(finished):
         encoder = _Encoder(config)
-        done = source.num_samples - left
+        done = sum(len(index) for index, known in zip(source.indices, finished, strict=True) if known)
         with progress("preencode", source.num_samples, "sample", done) as advance:
             for number, target in enumerate(targets):
                 with lock(config.out / ".locks" / target.stem) as mine:
@@ -92,7 +96,7 @@ def preencode(config: PreencodeConfig) -> Manifest | None:
     if any(_stats(target, mark) is None for target in targets):
         say(f"{config.out}: other workers still have shards in hand; the last one writes {MANIFEST}")
         return None
-    if not left and (config.out / MANIFEST).exists():
+    if all(finished) and (config.out / MANIFEST).exists():
         return load_manifest(config.out)
     return _write_manifest(config, source, targets, mark)
 
@@ -103,6 +107,7 @@ def _mark(config: PreencodeConfig, source: ShardSet) -> str:
     values["text"] = {"pad": config.text.pad, "t5_max_tokens": config.text.t5_max_tokens}
     values["encoders"] = _encoders(config)
     values["source"] = source.fingerprint()
+    values["compute"] = str(_compute_dtype())
     del values["autoencoder"]
     return configuration.fingerprint_of(values)
 
@@ -130,12 +135,16 @@ def _stats(target: Path, mark: str) -> dict[str, Any] | None:
     return stats if stats["mark"] == mark else None
 
 
+def _compute_dtype() -> torch.dtype:
+    return torch.bfloat16 if dist.device().type == "cuda" else torch.float32
+
+
 class _Encoder:
     """The frozen networks, on this process's device."""
 
     def __init__(self, config: PreencodeConfig):
         self.device = dist.device()
-        self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        self.dtype = _compute_dtype()
         self.codec = Codec.load(config.autoencoder, self.dtype).to(self.device)
         self.text = TextEncoders(config.text, self.device, self.dtype)
         self.rule: BucketRule = buckets_for(config.resolution)
@@ -182,7 +191,10 @@ def _encode_shard(
                 chunk.append(raw)
             if chunk and (len(chunk) == CHUNK_BATCHES * config.batch_size or row == len(index) - 1):
                 for item, sample in zip(chunk, encoder.encode(chunk), strict=True):
-                    writer.add(item.key, sample, item.facts)
+                    if sample.text.fits():
+                        writer.add(item.key, sample, item.facts)
+                    else:
+                        reject(item.key, "the tokenizers of CLIP-L and bigG cut the caption differently")
                 chunk = []
             advance(1)
     except BaseException:
@@ -202,6 +214,10 @@ def _read(
     try:
         for row in range(len(index)):
             key, width, height = str(index.keys[row]), int(index.width[row]), int(index.height[row])
+            if len(key.encode(errors="surrogateescape")) > MAX_KEY_BYTES or not key.isprintable():
+                reject(key, "name too long or not printable")
+                yield row, None
+                continue
             if min(width, height) < config.min_side:
                 reject(key, f"smaller than min_side: {width}×{height} pixels")
                 yield row, None

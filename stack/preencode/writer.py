@@ -8,8 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -21,34 +20,16 @@ from stack.data.shards import index_shards
 from stack.log import publish
 
 
-@contextmanager
-def lock(path: Path) -> Iterator[bool]:
-    """True if this process alone holds `path`; the kernel lets go of it when the process dies."""
-    import fcntl
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle = os.open(path, os.O_CREAT | os.O_RDWR, 0o644)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
-        yield True
-        path.unlink(missing_ok=True)
-    finally:
-        os.close(handle)
-
-
 class ShardWriter:
     """Collects the samples of one output shard in order. Use `finish` to publish; without it nothing appears."""
 
     def __init__(self, path: Path, dtype: torch.dtype):
         self.path = path
         self._dtype = dtype
-        self._partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        self._partial = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._tar = webdataset.TarWriter(str(self._partial), mtime=0, mode=0o644)
+        self._file = self._partial.open("wb")  # a name would be taken for a URL if it looks like one
+        self._tar = webdataset.TarWriter(self._file, mtime=0, mode=0o644)
         self._count = 0
         self._positions = 0
         self._sum: torch.Tensor | float = 0.0
@@ -68,6 +49,9 @@ class ShardWriter:
     def finish(self, facts: dict[str, Any]) -> None:
         """Publish tar, index and stats. `facts` go into the stats beside counts, sums over the latent and sha256."""
         self._tar.close()
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
         digest = hashlib.sha256(self._partial.read_bytes()).hexdigest()
         os.chmod(self._partial, 0o644)
         os.replace(self._partial, self.path)
@@ -84,8 +68,8 @@ class ShardWriter:
             temporary.write_text(json.dumps(stats, sort_keys=True))
 
     def abandon(self) -> None:
-        self._tar.close()
         self._partial.unlink(missing_ok=True)
+        self._file.close()
 
 
 def stats_path(shard: Path) -> Path:

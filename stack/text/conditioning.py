@@ -28,6 +28,10 @@ class EncodedText:
     clip_g: Tensor | None  # [L_clip, D_g], likewise
     pooled: Tensor  # [D_l + D_g], the projected EOT states of CLIP-L and bigG
 
+    def fits(self) -> bool:
+        """Whether both CLIPs have the same number of tokens, as joining them by channel needs."""
+        return self.clip_l is None or self.clip_g is None or len(self.clip_l) == len(self.clip_g)
+
 
 @dataclass(frozen=True)
 class TextBatch:

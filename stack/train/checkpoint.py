@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from pydantic import PositiveInt
 from torch import Tensor
 
 from stack import dist
@@ -34,7 +35,7 @@ FORMAT = 1
 
 class CheckpointConfig(Config):
     every: Span = 500
-    keep: int = 2
+    keep: PositiveInt = 2
     """The newest ones kept."""
     keep_every: Span | None = None
     """Also kept: those whose step is a multiple of this."""
@@ -97,12 +98,12 @@ class Checkpoints:
 
         final, temporary = self.folder / f"{step:08d}", self.folder / f"{step:08d}.tmp"
         if dist.rank() == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True, exist_ok=True)
+            self._sweep()
         dist.barrier()
         name = f"rank-{dist.rank():05d}.safetensors"
         problem, report = "", None
         try:
+            temporary.mkdir(parents=True, exist_ok=True)
             tensors = {
                 f"{r.name}:{r.start}:{r.stop}/{kind}": piece.cpu().clone()
                 for kind, r, piece in _flats(engine, ema, owned_only=True)
@@ -110,8 +111,8 @@ class Checkpoints:
             data = serialize(tensors)
             _write(temporary / name, data)
             report = {"name": name, "size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-        except OSError as error:
-            problem = str(error)
+        except Exception as error:  # whatever it is: the other ranks wait to be told
+            problem = f"{type(error).__name__}: {error}"
         reports = dist.all_gather(report)
         if dist.rank() == 0 and all(reports):
             try:
@@ -122,26 +123,38 @@ class Checkpoints:
                 if final.exists():
                     shutil.rmtree(final)
                 os.replace(temporary, final)
-                with publish(self.folder / "latest") as latest:
-                    latest.write_text(final.name + "\n")
                 _fsync(self.folder)
-                self._retire()
             except OSError as error:
                 problem = str(error)
         problems = [p for p in dist.all_gather(problem) if p]
         if problems:
             say(f"checkpoint {step} failed ({problems[0]}); training goes on, older checkpoints are untouched")
-            if dist.rank() == 0:
-                shutil.rmtree(temporary, ignore_errors=True)
+        if dist.rank() == 0:
+            self._sweep()
+            if not problems:
+                self._retire(step)
         return not problems
 
     def _steps(self) -> list[int]:
         return sorted(int(p.name) for p in self.folder.glob("*") if p.name.isdigit()) if self.folder.exists() else []
 
-    def _retire(self) -> None:
-        for step in self._steps()[: -self._keep]:
-            if not (self._keep_every and step % self._keep_every == 0):
-                shutil.rmtree(self.folder / f"{step:08d}")
+    def _sweep(self) -> None:
+        """Remove what a kill or a full disk left half written."""
+        for path in self.folder.glob("*.tmp"):
+            shutil.rmtree(path, ignore_errors=True)
+
+    def _retire(self, newest: int) -> None:
+        """Point `latest` at the newest; remove what need not be kept, and what failed to verify."""
+        try:
+            with publish(self.folder / "latest") as latest:
+                latest.write_text(f"{newest:08d}\n")
+        except OSError as error:
+            say(f"{self.folder / 'latest'} cannot be written: {error}")
+        steps = self._steps()
+        for step in steps:
+            kept = step in [s for s in steps if s <= newest][-self._keep :]
+            if step > newest or not (kept or (self._keep_every and step % self._keep_every == 0)):
+                shutil.rmtree(self.folder / f"{step:08d}", ignore_errors=True)
 
     def newest(self) -> dict[str, Any] | None:
         """The COMPLETE record of the newest checkpoint that verifies, on rank 0's word; None if there is none."""
@@ -157,16 +170,16 @@ class Checkpoints:
     def _verify(self, folder: Path) -> tuple[dict[str, Any] | None, str]:
         try:
             record = json.loads((folder / "COMPLETE").read_text())
-        except (OSError, json.JSONDecodeError) as error:
+            if (record["format"], record["step"]) != (FORMAT, int(folder.name)):
+                return None, f"format {record['format']} of step {record['step']}, this version reads {FORMAT}"
+            for file in record["files"]:
+                path = folder / file["name"]
+                if not path.exists() or path.stat().st_size != file["size"]:
+                    return None, f"{file['name']} is missing or has another size"
+                if _sha256(path) != file["sha256"]:
+                    return None, f"{file['name']} has another hash"
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             return None, f"COMPLETE cannot be read: {error}"
-        if record.get("format") != FORMAT:
-            return None, f"format {record.get('format')}, this version reads {FORMAT}"
-        for file in record["files"]:
-            path = folder / file["name"]
-            if not path.exists() or path.stat().st_size != file["size"]:
-                return None, f"{file['name']} is missing or has another size"
-            if _sha256(path) != file["sha256"]:
-                return None, f"{file['name']} has another hash"
         return record, ""
 
     def load(self, record: dict[str, Any], engine: Engine, ema: Ema) -> None:

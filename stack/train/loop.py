@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import copy
-import sys
 import time
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from stack import config as configuration
 from stack import dist
 from stack.config import UserError
 from stack.data.dataset import ShardData
+from stack.data.plan import check_division
+from stack.data.safety import RejectLog
 from stack.flow.noise import NoisePlan
-from stack.log import Metrics, progress, publish, say
+from stack.log import Metrics, lock, progress, publish, say
 from stack.parallel import engine as engines
 from stack.parallel.ema import Ema
 from stack.train import snapshot
@@ -39,122 +43,157 @@ def train(config: TrainConfig) -> bool:
     accumulate, device = config.parallel.accumulate, dist.device()
     total = steps_of(config.schedule.steps, size)
     save_every, snapshot_every = steps_of(config.checkpoint.every, size), steps_of(config.snapshot.every, size)
-    keep_every = steps_of(config.checkpoint.keep_every or 0, size)
-    if size % (dist.world_size() * accumulate):
-        raise UserError(
-            f"data.batch_size={size} is not divisible by {dist.world_size()} ranks × {accumulate} micro-batches"
-        )
-    _claim(run, config)
+    keep_every = steps_of(config.checkpoint.keep_every, size) if config.checkpoint.keep_every else 0
+    with _sole_user(run):
+        _refuse_another_run(run, config)
+        data, objective = _build(config, device)
+        check_division(size, dist.world_size(), accumulate)
+        averaged = copy.deepcopy(objective.network) if dist.rank() == 0 else None
+        micro_batch_size = size // dist.world_size() // accumulate
+        engine = engines.build(objective.network, config.optim, config.parallel, micro_batch_size)
+        ema = Ema(engine, config.ema)
+        noise = NoisePlan(seed)
+        _write_config(run, config)
 
-    data, objective = build(config, device)
-    averaged = copy.deepcopy(objective.network) if dist.rank() == 0 else None
-    engine = engines.build(objective.network, config.optim, config.parallel, size // dist.world_size() // accumulate)
-    ema = Ema(engine, config.ema)
-    noise = NoisePlan(seed)
+        checkpoints = Checkpoints(run, config.checkpoint, keep_every)
+        state = checkpoints.newest()
+        if state is not None:
+            checkpoints.load(state, engine, ema)
+            say(f"{run}: going on after step {state['step']}")
+        start = state["step"] if state else 0
+        guard = Guard(config.run.max_nonfinite, *((state["skipped"], state["in_a_row"]) if state else (0, 0)))
+        sums = _own_sums(state["sums"]) if state else defaultdict(float)
+        metrics = Metrics(run, config.log, start, state["wandb"] if state else None, config.model_dump(mode="json"))
+        batches = iter(data.loader(start, total, dist.rank(), dist.world_size(), accumulate))
 
-    checkpoints = Checkpoints(run, config.checkpoint, keep_every)
-    state = checkpoints.newest()
-    if state is not None:
-        checkpoints.load(state, engine, ema)
-        say(f"{run}: going on after step {state['step']}")
-    state = state or {"step": 0, "skipped": 0, "in_a_row": 0, "sums": {}, "wandb": None}
-    start = state["step"]
-    guard = Guard(config.run.max_nonfinite, state["skipped"], state["in_a_row"])
-    sums = defaultdict(float, state["sums"])
-    metrics = Metrics(run, config.log, start, state["wandb"], config.model_dump(mode="json"))
-    batches = iter(data.loader(start, total, dist.rank(), dist.world_size(), accumulate))
+        with Preemption() as preemption, progress(run.name, total, "step", start) as advance:
+            for step in range(start, total):
+                began = time.perf_counter()
+                lr = learning_rate(config.schedule, config.optim.lr, step, size)
+                keys: list[str] = []
+                for _ in range(accumulate):
+                    waiting = time.perf_counter()
+                    batch = next(batches)
+                    sums["data_wait_s"] += time.perf_counter() - waiting
+                    keys += batch.keys
+                    losses = objective.loss(engine.network, batch.to(device), noise.at(batch.step, batch.positions))
+                    engine.backward(losses.total)
+                    for name, value in {"loss": losses.total, **losses.terms}.items():
+                        sums[name] += float(value.detach()) / accumulate
+                info = engine.step(lr)
+                if info.applied:
+                    ema.update(step + 1 - guard.skipped)
+                guard.check(info.applied, step, keys)
+                sums["step_s"] += time.perf_counter() - began
+                sums["steps"] += 1
 
-    with Preemption() as preemption, progress(run.name, total, "step", start) as advance:
-        tick = time.perf_counter()
-        for step in range(start, total):
-            lr = learning_rate(config.schedule, config.optim.lr, step, size)
-            keys: list[str] = []
-            for _ in range(accumulate):
-                waiting = time.perf_counter()
-                batch = next(batches)
-                sums["data_wait_s"] += time.perf_counter() - waiting
-                keys += batch.keys
-                losses = objective.loss(engine.network, batch.to(device), noise.at(batch.step, batch.positions))
-                engine.backward(losses.total)
-                for name, value in {"loss": losses.total, **losses.terms}.items():
-                    sums[name] += float(value.detach()) / accumulate
-            info = engine.step(lr)
-            if info.applied:
-                ema.update(step + 1 - guard.skipped)
-            guard.check(info.applied, step, keys)
-            sums["steps"] += 1
-
-            done = step + 1
-            if done % config.log.every == 0 or done == total:
-                now = time.perf_counter()
-                line = _summary(sums, info, lr, done, size, now - tick)
-                metrics.write({**line, "epoch": data.plan.epoch_of(step), "skipped": guard.skipped})
-                tick = now
-                sums.clear()
-                advance(0, f"loss {line['loss']:.4f}")
-            if done % snapshot_every == 0 or done == total:
-                weights = ema.gathered()
-                if averaged is not None and weights is not None:
-                    metrics.write(_publish(run, done, objective, data, averaged.to(device), weights))
-                dist.barrier()
-            stop = preemption.agreed()
-            if done % save_every == 0 or done == total or stop:
-                kept: dict[str, Any] = {
-                    "samples": done * size,
-                    "world_size": dist.world_size(),
-                    "wandb": metrics.run_id,
-                }
-                kept |= {"skipped": guard.skipped, "in_a_row": guard.in_a_row, "sums": dict(sums)}
-                kept |= {"engine": config.parallel.engine, "zero_stage": config.parallel.zero_stage}
-                checkpoints.save(done, engine, ema, {**kept, "config": configuration.fingerprint(config)})
-            advance(1)
-            if stop and done < total:
-                say(f"{run}: asked to stop, saved after step {done}; the same command goes on from there")
-                metrics.close()
-                return False
-    metrics.close()
+                done = step + 1
+                advance(1)
+                if done % config.log.every == 0 or done == total:
+                    line = _summary(sums, info, lr, done, size)
+                    metrics.write({**line, "epoch": data.plan.epoch_of(step), "skipped": guard.skipped})
+                    sums.clear()
+                    advance(0, f"loss {line['loss']:.4f}")
+                if done % snapshot_every == 0 or done == total:
+                    weights = ema.gathered()
+                    if averaged is not None and weights is not None:
+                        metrics.write(_publish(run, done, objective, data, averaged.to(device), weights))
+                    dist.barrier()
+                stop = preemption.agreed()
+                if done % save_every == 0 or done == total or stop:
+                    metrics.sync()
+                    kept: dict[str, Any] = {"samples": done * size, "sums": dist.all_gather(dict(sums))}
+                    kept |= {"skipped": guard.skipped, "in_a_row": guard.in_a_row, "wandb": metrics.run_id}
+                    kept |= {"engine": config.parallel.engine, "zero_stage": config.parallel.zero_stage}
+                    checkpoints.save(done, engine, ema, {**kept, "config": configuration.fingerprint(config)})
+                if stop and done < total:
+                    say(f"{run}: asked to stop, saved after step {done}; the same command goes on from there")
+                    metrics.close()
+                    return False
+        metrics.close()
     return True
 
 
-def _claim(run: Path, config: TrainConfig) -> None:
-    """Write the resolved configuration into the run; refuse a folder that holds a run of another model or data."""
-    problem = ""
+@contextmanager
+def _sole_user(run: Path) -> Iterator[None]:
+    """Two trainings in one folder would spoil each other: rank 0 holds a lock that dies with it."""
+    if dist.rank() != 0:
+        yield
+        return
+    with lock(run / ".lock") as mine:
+        if not mine:
+            raise UserError(f"{run}: another process is training in this folder")
+        yield
+
+
+def _build(config: TrainConfig, device: torch.device) -> tuple[ShardData, Objective]:
+    """Rank 0 first: it writes indices that are missing, and the list of images that cannot be decoded anew."""
+    rejected = RejectLog(config.run.dir / "rejected.jsonl")
     if dist.rank() == 0:
-        path = run / "config.yaml"
-        if path.exists():
+        rejected.path.unlink(missing_ok=True)
+    else:
+        dist.barrier()
+    built = build(config, device, rejected)
+    if dist.rank() == 0:
+        dist.barrier()
+    return built
+
+
+# What makes a run the same run: keys that a resumed one may change are left out.
+_FREE = {
+    "data": {"workers": True, "index": True},
+    "objective": {"preview": True},
+    "schedule": {},
+    "optim": {},
+    "ema": {},
+}
+
+
+def _refuse_another_run(run: Path, config: TrainConfig) -> None:
+    """UserError where the folder's checkpoints are those of another model, data or schedule."""
+    problem, path = "", run / "config.yaml"
+    if dist.rank() == 0 and path.exists() and any((run / "checkpoints").glob("*/COMPLETE")):
+        try:
             known = configuration.load(TrainConfig, path)
-            fixed = ("data", "objective", "optim", "schedule", "ema")
-            changed = [name for name in fixed if getattr(known, name) != getattr(config, name)]
-            if known.run.seed != config.run.seed:
-                changed.append("run.seed")
+            pairs = [(f"{name}.", getattr(known, name), getattr(config, name), free) for name, free in _FREE.items()]
+            changed = [
+                prefix + key
+                for prefix, old, new, free in pairs
+                for key in type(new).model_fields
+                if key not in free and getattr(old, key, None) != getattr(new, key)
+            ]
+            changed += ["run.seed"] if known.run.seed != config.run.seed else []
             if changed:
-                problem = f"{path} differs in {', '.join(changed)}: give run.dir a new folder, or restore these values"
-        if not problem:
-            with publish(path) as temporary:
-                temporary.write_text(configuration.dump(config))
-    problem = dist.broadcast(problem)
-    if problem:
+                problem = (
+                    f"{path} differs in {', '.join(changed)}: give run.dir a new folder, or restore the old values"
+                )
+        except UserError as error:
+            problem = str(error)
+    if problem := dist.broadcast(problem):
         raise UserError(problem)
 
 
-def _summary(
-    sums: dict[str, float], info: engines.StepInfo, lr: float, done: int, size: int, seconds: float
-) -> dict[str, Any]:
+def _write_config(run: Path, config: TrainConfig) -> None:
+    if dist.rank() == 0:
+        with publish(run / "config.yaml") as temporary:
+            temporary.write_text(configuration.dump(config))
+
+
+def _own_sums(of_ranks: list[dict[str, float]]) -> dict[str, float]:
+    """This rank's running sums of a checkpoint; after a change of the number of ranks, the mean of all."""
+    if len(of_ranks) == dist.world_size():
+        return defaultdict(float, of_ranks[dist.rank()])
+    names = of_ranks[0]
+    return defaultdict(float, {name: sum(sums[name] for sums in of_ranks) / len(of_ranks) for name in names})
+
+
+def _summary(sums: dict[str, float], info: engines.StepInfo, lr: float, done: int, size: int) -> dict[str, Any]:
     """One line of metrics: means over the steps since the last line and over ranks."""
-    count = sums.pop("steps")
-    names = sorted(sums)
-    means = dict(zip(names, dist.mean([sums[name] / count for name in names]), strict=True))
-    # After a resume, `count` includes steps whose time was spent before it.
-    return {
-        "step": done,
-        "samples": done * size,
-        **means,
-        "lr": lr,
-        "grad_norm": info.grad_norm,
-        "step_s": seconds / count,
-        "samples_per_s": size * count / seconds,
-        "rss_gb": psutil.Process().memory_info().rss / 2**30,
-    }
+    names = sorted(set(sums) - {"steps"})
+    means = dist.mean([sums[name] / sums["steps"] for name in names])
+    line = {"step": done, "samples": done * size, **dict(zip(names, means, strict=True))}
+    line |= {"lr": lr, "grad_norm": info.grad_norm, "samples_per_s": size / line["step_s"]}
+    return {**line, "rss_gb": psutil.Process().memory_info().rss / 1e9}
 
 
 def validation_loss(objective: Objective, network: nn.Module, data: ShardData, batch_size: int = 64) -> float:
@@ -172,12 +211,15 @@ def _publish(
     run: Path, done: int, objective: Objective, data: ShardData, network: nn.Module, weights: dict[str, torch.Tensor]
 ) -> dict[str, Any]:
     """Rank 0: write the snapshot, look at it (validation loss, picture), and return its line of metrics."""
-    snapshot.write(run, done, weights, objective.metadata())
     network.load_state_dict(weights)
     network.eval()
     value = validation_loss(objective, network, data)
-    with torch.inference_mode(), publish(run / "samples" / f"{done:08d}.png") as temporary:
-        objective.preview(network).save(temporary, format="png")
-    if sys.stderr.isatty():
-        say(f"step {done}: validation loss {value:.4f}")
+    with torch.inference_mode():
+        picture = objective.preview(network)
+    try:
+        snapshot.write(run, done, weights, objective.metadata())
+        with publish(run / "samples" / f"{done:08d}.png") as temporary:
+            picture.save(temporary, format="png")
+    except (OSError, SafetensorError) as error:
+        say(f"snapshot {done} failed ({error}); training goes on")
     return {"step": done, "val_loss": value}

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import torch
-from pydantic import Field
+from pydantic import Field, NonNegativeInt, PositiveInt
 
 from stack.config import Config, UserError
 from stack.data.dataset import ImageData, ImageDataset, LatentData, LatentDataset, ShardData
@@ -24,8 +24,8 @@ from stack.train.schedule import ScheduleConfig, Span
 class RunConfig(Config):
     dir: Path
     """The run's folder: config, metrics, checkpoints, snapshots, samples."""
-    seed: int = 0
-    max_nonfinite: int = 20
+    seed: NonNegativeInt = 0
+    max_nonfinite: PositiveInt = 20
     """Steps in a row with a non-finite gradient that end the run."""
 
 
@@ -47,13 +47,16 @@ class TrainConfig(Config):
     log: LogConfig = LogConfig()
 
 
-def build(config: TrainConfig, device: torch.device) -> tuple[ShardData, Objective]:
-    """The data set and the objective. UserError where the two kinds do not go together."""
+def build(config: TrainConfig, device: torch.device, rejected: RejectLog | None = None) -> tuple[ShardData, Objective]:
+    """The data set and the objective. UserError where the two kinds do not go together.
+
+    rejected: where images that cannot be decoded are listed.
+    """
     data, objective, seed = config.data, config.objective, config.run.seed
     if isinstance(data, LatentData) and isinstance(objective, RectifiedFlowConfig):
         latents = LatentDataset(data, seed)
         return latents, RectifiedFlow(objective, latents, seed, device)
     if isinstance(data, ImageData) and isinstance(objective, AutoencoderConfig):
-        images = ImageDataset(data, seed, RejectLog(config.run.dir / "rejected.jsonl"))
+        images = ImageDataset(data, seed, rejected)
         return images, AutoencoderObjective(objective, images, seed, device)
     raise UserError(f"objective.kind={objective.kind} does not train on data.kind={data.kind}")

@@ -22,7 +22,7 @@ from stack.text.conditioning import EncodedText, join
 from stack.text.encoders import TextConfig, TextEncoders, fingerprints
 from stack.train.objective import Losses
 from stack.train.pictures import contact_sheet
-from stack.train.sampler import Sampler, SamplerConfig
+from stack.train.sampler import Sampler, SamplerConfig, check_size
 
 
 class DropoutConfig(Config):
@@ -60,14 +60,16 @@ class RectifiedFlow:
 
     def __init__(self, config: RectifiedFlowConfig, data: LatentDataset, seed: int, device: torch.device):
         manifest = data.manifest
-        expected = {f"encoders.{k}": v for k, v in encoder_fingerprints(config.text, config.autoencoder).items()}
-        manifest.check(data.folder, {**expected, "pad": config.text.pad, "t5_max_tokens": config.text.t5_max_tokens})
+        self._encoders = encoder_fingerprints(config.text, config.autoencoder)
+        manifest.check(data.folder, self._encoders, config.text.pad, config.text.t5_max_tokens)
         if config.model.in_channels != manifest.latent_channels:
             raise UserError(
                 f"objective.model.in_channels is {config.model.in_channels}, the latents of {data.folder} have "
                 f"{manifest.latent_channels} channels"
             )
         self._config = config
+        for side in (*manifest.buckets, config.preview.size):
+            check_size(config.model, manifest.latent_factor, side)
         self._affine = Affine(manifest.scale, manifest.shift)
         self._check_widths(config, manifest.empty_text)
         self._device = device
@@ -119,10 +121,9 @@ class RectifiedFlow:
         assert isinstance(network, MMDiT)
         preview = self._config.preview
         if self._sampler is None:
-            encoders = TextEncoders(self._config.text, self._device)
             codec = Codec.load(self._config.autoencoder).to(self._device)
-            self._sampler = Sampler(network, codec, encoders)
-            self._texts = encoders.encode(preview.prompts)
+            self._sampler = Sampler(network, codec, self._config.text.pad)
+            self._texts = TextEncoders(self._config.text, self._device).encode(preview.prompts)
         self._sampler.network = network
         images = self._sampler.sample(self._texts, preview.size, preview, range(len(preview.prompts)), preview.seed)
         return contact_sheet(images, preview.prompts)
@@ -133,5 +134,6 @@ class RectifiedFlow:
             "model": self._config.model.model_dump(mode="json"),
             "text": self._config.text.model_dump(mode="json"),
             "autoencoder": self._config.autoencoder,
-            "encoders": encoder_fingerprints(self._config.text, self._config.autoencoder),
+            "encoders": self._encoders,
+            "sampling": self._config.preview.model_dump(mode="json", exclude={"prompts", "seed"}),
         }

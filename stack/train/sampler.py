@@ -10,44 +10,45 @@ from typing import Literal
 
 import numpy as np
 import torch
+from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor
 
 from autoencoders.codec import Codec
 from stack.config import Config, UserError
 from stack.flow import guidance, solvers
 from stack.flow.noise import NoisePlan
-from stack.models.mmdit import MMDiT
-from stack.text.conditioning import EncodedText, collate, join
+from stack.models.mmdit import MMDiT, MMDiTConfig
+from stack.text.conditioning import EncodedText, Pad, collate, join
 from stack.text.conditioning import unconditional as unconditional_text
-from stack.text.encoders import TextEncoders
 
 
 class SamplerConfig(Config):
     solver: Literal["euler", "heun"] = "euler"
-    steps: int = 20
+    steps: PositiveInt = 20
     guidance: float = 4.0
     """Classifier-free guidance γ in v∅ + γ·(v_y − v∅); 1 is no guidance."""
-    shift: float = 1.0
+    shift: PositiveFloat = 1.0
     """Resolution shift of the time grid."""
-    batch_size: int = 64
+    batch_size: PositiveInt = 64
+
+
+def check_size(model: MMDiTConfig, factor: int, size: tuple[int, int]) -> None:
+    """UserError where images of `size` (width, height) do not divide into patches or exceed the position table."""
+    unit = factor * model.patch_size
+    if min(size) < unit or size[0] % unit or size[1] % unit:
+        raise UserError(f"size {size[0]}×{size[1]}: both sides must be multiples of {unit} pixels")
+    largest = unit * model.position_table_size
+    if model.positions == "sincos" and max(size) > largest:
+        raise UserError(f"size {size[0]}×{size[1]}: the model's position table ends at {largest} pixels")
 
 
 class Sampler:
     """Draws images; image i of a seed is the same whatever the batch it is drawn in."""
 
-    def __init__(self, network: MMDiT, codec: Codec, encoders: TextEncoders):
+    def __init__(self, network: MMDiT, codec: Codec, pad: Pad):
         self.network = network
         self._codec = codec
-        self._encoders = encoders
-
-    def encode(self, prompts: Sequence[str]) -> list[EncodedText]:
-        return self._encoders.encode(prompts)
-
-    def from_prompts(
-        self, prompts: Sequence[str], size: tuple[int, int], config: SamplerConfig, seed: int
-    ) -> list[np.ndarray]:
-        """One image a prompt, uint8 [height, width, 3]."""
-        return self.sample(self.encode(prompts), size, config, range(len(prompts)), seed)
+        self._pad = pad
 
     @torch.inference_mode()
     def sample(
@@ -58,13 +59,12 @@ class Sampler:
         numbers: Sequence[int],
         seed: int,
     ) -> list[np.ndarray]:
-        """Images for encoded captions. size: (width, height) in pixels; numbers: which image of `seed` each one is.
+        """Images for encoded captions, uint8 [height, width, 3].
 
-        Raises UserError for a size that the codec and the patches do not divide.
+        size: (width, height) in pixels; numbers: which image of `seed` each one is.
+        Raises UserError for a size that the network does not draw.
         """
-        unit = self._codec.factor * self.network.config.patch_size
-        if size[0] % unit or size[1] % unit:
-            raise UserError(f"size {size[0]}×{size[1]}: both sides must be multiples of {unit} pixels")
+        check_size(self.network.config, self._codec.factor, size)
         shape = (self._codec.channels, size[1] // self._codec.factor, size[0] // self._codec.factor)
         images: list[np.ndarray] = []
         for start in range(0, len(texts), config.batch_size):
@@ -77,7 +77,7 @@ class Sampler:
 
     def _integrate(self, texts: list[EncodedText], noise_BCHW: Tensor, config: SamplerConfig) -> Tensor:
         device = next(self.network.parameters()).device
-        batch = collate(texts, self._encoders.config.pad).to(device)
+        batch = collate(texts, self._pad).to(device)
         context_dim = self.network.config.context_dim
         conditional, unconditional = (
             guidance.Condition(context_BLD, pooled_BD, mask_BL)

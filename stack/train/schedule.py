@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator
+from pydantic import AfterValidator, Field
 
 from stack.config import Config
 
 
 def _check_span(value: int | str) -> int | str:
+    if isinstance(value, int) and value < 1:
+        raise ValueError("give at least 1")
     if isinstance(value, str):
         count, _, unit = value.partition(" ")
         if not count.isdigit() or unit != "samples":
@@ -26,14 +28,14 @@ def steps_of(span: int | str, batch_size: int) -> int:
     """The number of steps of a Span at this global batch size (at least 1 for any positive number of samples)."""
     if isinstance(span, int):
         return span
-    return -(-int(span.split()[0]) // batch_size)
+    return max(1, -(-int(span.split()[0]) // batch_size))
 
 
 class ScheduleConfig(Config):
     steps: Span = 1000
     warmup: Span = 100
     kind: Literal["constant", "cosine"] = "constant"
-    final: float = 0.1
+    final: float = Field(default=0.1, ge=0, le=1)
     """Cosine: the rate at the end, as a share of the peak."""
 
 

@@ -57,7 +57,7 @@ def test_a_missing_autoencoder(mmdit, stage, tmp_path):
         ("objective.model.preset=mmdit-tset", "did you mean 'mmdit-test'?"),
         ("objective.model.context_dim=64", "context_dim is 64, the captions need 128"),
         ("objective.model.in_channels=7", "in_channels is 7"),
-        ("data.batch_size=7", "data.batch_size=7 is not divisible by 1 ranks × 2"),
+        ("data.batch_size=7", "batch_size 7 is not divisible by ranks × accumulation = 1 × 2"),
         ("data.kind=images", "data.path"),
         ("objective.text.pad=full", "pad is 'trim', this configuration has 'full'"),
     ],
