@@ -33,7 +33,7 @@ def advance(engine: LocalEngine, ema: Ema, step: int) -> float:
     engine.backward(loss)
     assert engine.step(0.1).applied
     ema.update(step + 1)
-    return float(loss)
+    return float(loss.detach())
 
 
 def checkpoints(run: Path, **keys: int) -> Checkpoints:

@@ -12,11 +12,12 @@ from stack.train.sampler import SamplerConfig
 def sampler(stage, mmdit):
     config = stage.train_config("sampled", schedule={"steps": 6, "warmup": 1})
     assert mmdit("train", config).returncode == 0
-    return load_sampler(stage.folder / "sampled", torch.device("cpu"))[0]
+    return load_sampler(stage.folder / "sampled", torch.device("cpu"))[:2]
 
 
 def test_an_image_does_not_depend_on_its_batch(sampler):
-    texts = sampler.encode(["a red circle", "a small blue star at the left on a white background", "a green cross"])
+    sampler, encoders = sampler
+    texts = encoders.encode(["a red circle", "a small blue star at the left on a white background", "a green cross"])
     config = SamplerConfig(steps=3, guidance=3.0)
     together = sampler.sample(texts, (32, 32), config, [5, 6, 7], seed=1)
     alone = sampler.sample(texts[1:2], (32, 32), config, [6], seed=1)
@@ -27,6 +28,7 @@ def test_an_image_does_not_depend_on_its_batch(sampler):
 
 @pytest.mark.parametrize("solver", ["euler", "heun"])
 def test_sizes_and_solvers(sampler, solver):
-    images = sampler.from_prompts(["a star"], (40, 24), SamplerConfig(steps=2, solver=solver), seed=0)
+    sampler, encoders = sampler
+    images = sampler.sample(encoders.encode(["a star"]), (40, 24), SamplerConfig(steps=2, solver=solver), [0], seed=0)
     assert images[0].shape == (24, 40, 3)
     assert images[0].dtype == np.uint8
