@@ -1,7 +1,7 @@
-"""What may come out of a data file: decoders on an allow-list, checked names, checked image headers.
+"""What may come out of a data file: images, captions, JSON and safetensors, with checked names and image headers.
 
-Nothing here can run code from a shard. An extension that is not on the list is never decoded; one that is known to run
-code when loaded (a pickle, a Python module) makes its whole sample refused.
+Nothing here can run code from a shard. Members of other extensions are never read; one that is known to run code when
+loaded (a pickle, a Python module) makes its whole sample refused.
 """
 
 from __future__ import annotations
@@ -10,12 +10,9 @@ import io
 import json
 import re
 import struct
-from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import numpy as np
 from PIL import Image
 
 from stack.config import UserError
@@ -32,28 +29,22 @@ class DecodeError(ValueError):
 
 
 class Rejected(NamedTuple):
-    """A sample that is left out. `reason` is `kind` or `kind: detail`; `RejectLog` counts by kind."""
+    """A sample that is left out. `reason` is `kind` or `kind: detail`."""
 
     key: str
     reason: str
 
 
 class RejectLog:
-    """Appends `{"shard", "key", "reason"}` lines to `path` (rejected.jsonl) and counts the reasons by their kind.
+    """Appends `{"shard", "key", "reason"}` lines to `path` (rejected.jsonl).
 
     The file appears with the first rejected sample. Each line is one write in append mode, so processes may share it.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.counts: Counter[str] = Counter()
-
-    @property
-    def num_rejected(self) -> int:
-        return self.counts.total()
 
     def add(self, shard: str, key: str, reason: str) -> None:
-        self.counts[reason.partition(":")[0]] += 1
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"shard": shard, "key": key, "reason": reason}) + "\n")
@@ -139,41 +130,6 @@ def safetensors_header_size(head: bytes) -> int:
     """Bytes to read for `read_safetensors_shapes`, from a member's first 8."""
     length = int.from_bytes(head[:8], "little")
     return 8 + min(length, _MAX_SAFETENSORS_HEADER)
-
-
-def _read_safetensors(data: bytes) -> dict[str, Any]:
-    from safetensors.torch import load
-
-    return load(data)
-
-
-def _read_npy(data: bytes) -> np.ndarray:
-    # Not np.load: that also opens zip archives and, if asked, pickles.
-    return np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
-
-
-DECODERS: dict[str, Callable[[bytes], Any]] = {
-    **dict.fromkeys(IMAGE_EXTENSIONS, open_image),
-    "txt": read_caption,
-    "json": json.loads,
-    "safetensors": _read_safetensors,
-    "npy": _read_npy,
-}
-
-
-def decode(extension: str, data: bytes) -> Any:
-    """Decode a member by its extension: an image (header only), str, JSON value, dict of tensors or array.
-
-    Raises DecodeError if the extension is not in `DECODERS` or the data do not decode.
-    """
-    if extension not in DECODERS:
-        raise DecodeError(f"no decoder for .{extension}; known: {', '.join(DECODERS)}")
-    try:
-        return DECODERS[extension](data)
-    except DecodeError:
-        raise
-    except Exception as error:  # hostile bytes: RecursionError, MemoryError, struct.error, …
-        raise DecodeError(f"{extension} not readable: {_say(error)}") from error
 
 
 def _say(error: Exception) -> str:

@@ -14,7 +14,6 @@ import os
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -65,8 +64,7 @@ class _Encoder:
 class TextEncoders:
     """The encoders of `config`, frozen, on `device` in `dtype`.
 
-    dims          channels by encoder, of those that are present
-    fingerprints  as the function of that name; hashed when first asked for
+    dims: channels by encoder, of those that are present.
 
     Raises UserError naming the key for a folder or hub id that is missing, has no weights, or not all of them.
     """
@@ -81,10 +79,6 @@ class TextEncoders:
                 name: _load(name, folder, config, self.device, dtype) for name, folder in _folders(config).items()
             }
         self.dims = {name: encoder.dim for name, encoder in self._encoders.items()}
-
-    @cached_property
-    def fingerprints(self) -> dict[str, str]:
-        return fingerprints(self.config)
 
     def encode(self, captions: Sequence[str]) -> list[EncodedText]:
         """Encode `captions`, in the given order; CPU tensors in the encoders' dtype, each with its own memory."""

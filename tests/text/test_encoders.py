@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from stack.config import UserError, load
+from stack.config import UserError, load, validate
 from stack.data.synthetic import COLOURS, OUTLINES, SynthConfig, make_sample
 from stack.text import tokenizer
 from stack.text.encoders import NAMES, EncodedText, TextConfig, TextEncoders, fingerprints, write_untrained_encoders
@@ -183,25 +183,25 @@ def test_reduced_precision(config: TextConfig, encoders: TextEncoders) -> None:
 
 
 def test_absent_encoders_leave_nothing(config: TextConfig) -> None:
-    only_t5 = TextEncoders(TextConfig(t5=config.t5)).encode(["a red star"])[0]
-    assert (only_t5.clip_l, only_t5.clip_g, len(only_t5.pooled)) == (None, None, 0)
     only_g = TextEncoders(TextConfig(clip_g=config.clip_g)).encode(["a red star"])[0]
     assert (only_g.t5, only_g.clip_l, len(only_g.pooled)) == (None, None, 80)
-    nothing = TextEncoders(TextConfig())
-    assert (nothing.dims, nothing.encode([])) == ({}, [])
+    without_l = TextEncoders(TextConfig(t5=config.t5, clip_g=config.clip_g))
+    assert (list(without_l.dims), without_l.encode([])) == (["t5", "clip_g"], [])
+    with pytest.raises(UserError, match="clip_l or clip_g"):
+        validate(TextConfig, {"t5": config.t5}, "text")
 
 
-def test_fingerprints_follow_the_bytes(config: TextConfig, encoders: TextEncoders, tmp_path: Path) -> None:
-    assert tuple(encoders.fingerprints) == NAMES
-    assert fingerprints(config) == encoders.fingerprints
+def test_fingerprints_follow_the_bytes(config: TextConfig, tmp_path: Path) -> None:
+    known = fingerprints(config)
+    assert tuple(known) == NAMES
     for file, name in (("t5/tokenizer.json", "t5"), ("clip_l/model.safetensors", "clip_l"), ("clip_g/x", None)):
         copy = tmp_path / str(name)
         shutil.copytree(Path(str(config.t5)).parent, copy)
         moved = changed(config, **{key: str(copy / key) for key in NAMES})
-        assert fingerprints(moved) == encoders.fingerprints  # no matter where they lie
+        assert fingerprints(moved) == known  # no matter where they lie
         with (copy / file).open("ab") as stream:
             stream.write(b" ")
-        different = {key for key, value in fingerprints(moved).items() if value != encoders.fingerprints[key]}
+        different = {key for key, value in fingerprints(moved).items() if value != known[key]}
         assert different == ({name} if name else set())
 
 
@@ -269,7 +269,7 @@ def test_missing_sources_are_named(config: TextConfig, tmp_path: Path, monkeypat
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     for source in (str(tmp_path / "absent"), "nobody/no-such-encoder", "hf-hub:nobody/no-such-encoder"):
         with pytest.raises(UserError, match=rf"text\.t5: '{source}' is no local folder, nor a hub id"):
-            fingerprints(TextConfig(t5=source))
+            fingerprints(TextConfig(t5=source, clip_l=config.clip_l))
     with pytest.raises(UserError, match=r"text\.clip_l: .* has no config\.json"):
         TextEncoders(TextConfig(clip_l=str(tmp_path)))
     with pytest.raises(UserError, match="unknown key 't5_tokens', did you mean 't5_max_tokens'"):

@@ -1,0 +1,40 @@
+"""The whole demo in small, on somebody's shards, and what running it again does."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def demo(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "launch.cli", "demo", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "WANDB_SILENT": "true"})
+
+
+def test_the_demo_runs_through_and_skips_what_is_finished(stage, tmp_path):
+    arguments = ("--shards", stage.shards, "--out", tmp_path / "demo", "--minutes", 1)
+    done = demo(*arguments)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((tmp_path / "demo" / "summary.json").read_text())
+    assert {"accuracy_seen", "accuracy_heldout", "peak_rss_gb", "model_parameters"} <= summary.keys()
+    assert summary["val_loss_first"] > 0
+    assert (summary["ranks"], summary["zero_stage"]) == (2, 2)
+    stages = ["autoencoder", "codec", "encoders", "preencode", "train", "sample", "evaluate", "export"]
+    assert list(summary["seconds"]) == [*stages, "total"]
+    report = (tmp_path / "demo" / "report.html").read_text()
+    assert report.count("data:image/png;base64,") >= 3
+    assert report.count("<svg") == 2
+    assert "http://" not in report.replace("http://www.w3.org", "").replace("http://purl.org", "").replace(
+        "http://creativecommons.org", ""
+    )
+
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "demo" / "mmdit").rglob("*") if path.is_file()}
+    again = demo(*arguments)
+    assert again.returncode == 0, again.stderr
+    assert again.stderr.count("finished before, skipped") == len(stages)
+    assert {path: path.stat().st_mtime_ns for path in before} == before
