@@ -47,6 +47,12 @@ class TextConfig(Config):
     pad: Pad = "trim"
     batch_size: int = pydantic.Field(default=64, ge=1)
 
+    @pydantic.model_validator(mode="after")
+    def _needs_a_clip(self) -> TextConfig:
+        if self.clip_l is None and self.clip_g is None:
+            raise ValueError("name clip_l or clip_g: the pooled vector that modulates the model comes from them")
+        return self
+
 
 Tokenize = Callable[[str], list[int]]
 Forward = Callable[[Tensor, Tensor, bool], tuple[Tensor, Tensor | None]]  # ids_BL, length_B, masked → hidden, pooled
@@ -358,7 +364,10 @@ def _write_untrained_open_clip(folder: Path, generator: torch.Generator) -> None
 
 
 # Standard deviations by name, else 1/√(fan-in): unit-scale features in which a token is seen before its neighbours.
+# What a layer adds to a token is scaled down, or after two layers of random mixing little is left of the word itself.
 # T5 doesn't divide its scores by √d_kv: without a small q they would drown the heads' offsets.
+_BRANCH_ENDS = ("SelfAttention.o", "DenseReluDense.wo", "out_proj", "c_proj", "fc2")
+_BRANCH_SCALE = 0.3
 _STDS = {"shared": 1.0, "token_embedding": 1.0, "position": 0.25, "SelfAttention.q": 0.02}
 
 
@@ -371,7 +380,8 @@ def _randomize(model: nn.Module, generator: torch.Generator) -> None:
             _look_at_neighbours(parameter)
         else:
             std = next((std for part, std in _STDS.items() if part in name), parameter.shape[1] ** -0.5)
-            parameter.normal_(0, std, generator=generator)
+            branch_end = any(part in name for part in _BRANCH_ENDS)
+            parameter.normal_(0, std * (_BRANCH_SCALE if branch_end else 1), generator=generator)
         if name.endswith("token_embedding.weight"):
             parameter[_CLIP_SOT:] *= 0.2  # what is pooled at EOT is the caption, not EOT
 
