@@ -179,7 +179,7 @@ def command(shards: str | None, out: Path, minutes: float | None, prompts: Path 
     demo = Demo(out)
     index, source = out / "index", shards or str(out / "shards")
     if shards is None:
-        demo.stage("draw", ["data", "synth", source], out / "shards")
+        demo.stage("draw", ["data", "synth", source, "two_shape_share=0.2"], out / "shards")
     else:
         index_shards(source, index)
 

@@ -24,7 +24,7 @@ def command(preset: str | None, as_json: bool, size: int | None, text_tokens: in
         config = validate(MMDiTConfig, {"preset": name}, "mmdit model")
         small = not name.startswith("sd3")
         side, tokens = size or (32 if small else 1024), text_tokens or (24 if small else 154)
-        image_tokens = (side // (8 if small else 16)) ** 2  # pixels a token: the codec's factor times the patch
+        image_tokens = (side // ((4 if small else 8) * config.patch_size)) ** 2
         bare, whole = parameter_counts(config)
         forward, both = flops_per_sample(config, image_tokens, tokens)
         rows.append(

@@ -25,15 +25,14 @@ from stack.train.objective import Losses
 from stack.train.pictures import contact_sheet
 from stack.train.sampler import Sampler, SamplerConfig, check_size
 
-
 Probability = Annotated[float, Field(ge=0, le=1)]
 
 
 class DropoutConfig(Config):
     """Probability with which each encoder is dropped (zeroed), independently (SD3 §5.2; 0.464³ = 0.0999).
 
-    `all` drops the three together, beside that (MLPerf's FLUX.1: 0.1): a short training learns more of its captions from
-    this and small values of the others.
+    `all` drops the three together, beside that (MLPerf's FLUX.1: 0.1): a short training learns more of its captions
+    from this and small values of the others.
     """
 
     t5: Probability = 0.464

@@ -283,10 +283,10 @@ def test_missing_or_broken_files_are_named(config: TextConfig, tmp_path: Path, f
     half = (tmp_path / file).read_bytes()[:-1000]
     (tmp_path / file).write_bytes(half)
     with pytest.raises(UserError, match=r"cannot be (loaded|read)"):
-        TextEncoders(TextConfig.model_validate({key: str(tmp_path / key)}))
+        TextEncoders(TextConfig.model_validate({"clip_g": config.clip_g, key: str(tmp_path / key)}))
     (tmp_path / file).unlink()
     with pytest.raises(UserError, match=f"text.{key}: .* has no {Path(file).name}"):
-        fingerprints(TextConfig.model_validate({key: str(tmp_path / key)}))
+        fingerprints(TextConfig.model_validate({"clip_g": config.clip_g, key: str(tmp_path / key)}))
 
 
 @pytest.mark.parametrize(
@@ -304,7 +304,7 @@ def test_missing_weights_are_not_filled_at_random(config: TextConfig, tmp_path: 
     save_file(state, tmp_path / file, metadata={"format": "pt"})
     key = file.split("/")[0]
     with pytest.raises(UserError, match=f"text.{key}: .* cannot be loaded: .*{weight}"):
-        TextEncoders(TextConfig.model_validate({key: str(tmp_path / key)}))
+        TextEncoders(TextConfig.model_validate({"clip_g": config.clip_g, key: str(tmp_path / key)}))
 
 
 def test_unequal_widths_are_refused(config: TextConfig, tmp_path: Path) -> None:
