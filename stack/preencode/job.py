@@ -77,12 +77,12 @@ def preencode(config: PreencodeConfig) -> Manifest | None:
     names = [index.path.name for index in source.indices]
     if len(set(names)) < len(names):
         raise UserError(f"{config.source}: two shards have the same file name; encode their folders separately")
-    mark = _mark(config, source)
-    _claim(config.out, mark)
     targets = [config.out / name for name in names]
     for index, target in zip(source.indices, targets, strict=True):
         if index.path.resolve() == target.resolve():
             raise UserError(f"out: {config.out} is the folder of the source shards, which would be overwritten")
+    mark = _mark(config, source)
+    _claim(config.out, mark)
     finished = [_stats(target, mark) is not None for target in targets]
     if not all(finished):
         encoder = _Encoder(config)

@@ -78,6 +78,37 @@ def test_a_manifest_of_another_encoder(mmdit, stage, tmp_path):
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
+def test_an_encoder_that_the_configuration_leaves_out(mmdit, stage, tmp_path):
+    """Data with T5 and a configuration without: training would use what sampling does not have."""
+    config = stage.train_config("fewer", run={"dir": str(tmp_path / "run")})
+    refused(mmdit("train", config, "objective.text.t5=null"), "encoders.t5", "None")
+
+
+def test_the_source_is_not_overwritten(mmdit, stage):
+    before = {path.name: path.read_bytes() for path in stage.shards.iterdir()}
+    refused(mmdit("preencode", stage.folder / "preencode.yaml", f"out={stage.shards}"), "would be overwritten")
+    assert {path.name: path.read_bytes() for path in stage.shards.iterdir()} == before
+
+
+def test_a_failed_start_does_not_claim_the_folder(mmdit, stage, tmp_path):
+    config = stage.train_config("retried", run={"dir": str(tmp_path / "run")}, schedule={"steps": 1})
+    refused(mmdit("train", config, f"data.path={tmp_path}/typo"), "typo")
+    assert mmdit("train", config).returncode == 0
+
+
+def test_a_folder_in_use(mmdit, stage, tmp_path):
+    from stack.log import lock
+
+    config = stage.train_config("used", run={"dir": str(tmp_path / "run")})
+    with lock(tmp_path / "run" / ".lock"):
+        refused(mmdit("train", config), "another process is training in this folder")
+
+
+def test_a_preview_that_the_model_cannot_draw(mmdit, stage, tmp_path):
+    config = stage.train_config("large", run={"dir": str(tmp_path / "run")})
+    refused(mmdit("train", config, "objective.preview.size=[32,4096]"), "32×4096", "position table ends at")
+
+
 def test_shards_of_another_configuration_are_not_overwritten(mmdit, stage):
     before = {path.name: path.read_bytes() for path in stage.encoded.glob("0*")}
     refused(mmdit("preencode", stage.folder / "preencode.yaml", "resolution=64"), "give `out` a new folder")

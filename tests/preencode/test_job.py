@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -123,6 +125,20 @@ def test_plain_webdataset_opens_the_shards(stage):
     shards = [str(path) for path in sorted(stage.encoded.glob("*.tar"))]
     keys = [sample["__key__"] for sample in webdataset.WebDataset(shards, shardshuffle=False)]
     assert keys == [f"{number:09d}" for number in range(96)]
+
+
+def test_a_shard_without_samples_is_finished_too(stage, tmp_path, mmdit):
+    """An empty shard that a kill left unfinished must not keep the manifest from being written."""
+    source = tmp_path / "shards"
+    shutil.copytree(stage.shards, source)
+    with tarfile.open(source / "00003.tar", "w"):
+        pass
+    config = configuration(stage, tmp_path / "out")
+    assert mmdit("preencode", config, f"source={source}").returncode == 0
+    for name in ("manifest.json", "00003.tar", "00003_stats.json"):
+        (tmp_path / "out" / name).unlink()
+    assert mmdit("preencode", config, f"source={source}").returncode == 0
+    assert load_manifest(tmp_path / "out").shards["00003.tar"].samples == 0
 
 
 @pytest.mark.parametrize("pad", ["trim", "full"])

@@ -54,7 +54,7 @@ def test_a_loaded_engine_goes_on_bit_for_bit(tmp_path):
         assert torch.equal(shadow, other_shadow)
 
 
-@pytest.mark.parametrize("damage", ["truncate", "flip", "remove", "no COMPLETE", "old format"])
+@pytest.mark.parametrize("damage", ["truncate", "flip", "remove", "no COMPLETE", "garbage", "old format"])
 def test_resume_takes_the_newest_that_verifies(tmp_path, damage):
     engine, ema = trained(seed=1)
     store = checkpoints(tmp_path)
@@ -73,6 +73,8 @@ def test_resume_takes_the_newest_that_verifies(tmp_path, damage):
         file.unlink()
     elif damage == "no COMPLETE":
         complete.unlink()
+    elif damage == "garbage":
+        complete.write_bytes(b"\xff\xfe{]")
     else:
         complete.write_text(json.dumps({**json.loads(complete.read_text()), "format": 0}))
     assert store.newest()["step"] == 3
@@ -84,6 +86,18 @@ def test_retention_keeps_the_last_and_each_nth(tmp_path):
     for step in range(1, 8):
         store.save(step, engine, ema, {})
     assert sorted(int(p.name) for p in (tmp_path / "checkpoints").glob("0*")) == [4, 6, 7]
+
+
+def test_what_did_not_verify_does_not_push_out_what_does(tmp_path):
+    """Resumed at 3 since 9 is broken: after saving 4, both 3 and 4 stand and 9 is gone."""
+    engine, ema = trained(seed=1)
+    store = checkpoints(tmp_path, keep=2)
+    store.save(3, engine, ema, {})
+    store.save(9, engine, ema, {})
+    (tmp_path / "checkpoints" / "00000009" / "COMPLETE").unlink()
+    assert store.newest()["step"] == 3
+    store.save(4, engine, ema, {})
+    assert sorted(int(p.name) for p in (tmp_path / "checkpoints").glob("0*")) == [3, 4]
 
 
 def test_a_failed_save_spoils_nothing(tmp_path, capsys):
