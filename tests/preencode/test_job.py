@@ -41,8 +41,13 @@ def configuration(stage, out: Path) -> Path:
 
 def start(config: Path) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "launch.cli", "preencode", str(config)]
+    threads = str(torch.get_num_threads())  # sums depend on their number, and the bytes are held against this process's
     return subprocess.Popen(
-        command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        command,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": threads},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
     )
 
 
