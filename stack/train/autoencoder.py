@@ -13,7 +13,7 @@ from PIL.Image import Image
 from torch import Tensor, nn
 
 from autoencoders import losses
-from autoencoders.codec import Codec, draw
+from autoencoders.codec import Codec
 from stack.config import Config, UserError
 from stack.data.dataset import ImageBatch, ImageDataset
 from stack.flow.noise import Draws
@@ -30,7 +30,8 @@ class AutoencoderConfig(Config):
     layers_per_block: int = 1
     norm_groups: int = 16
     kl_weight: float = 1e-6
-    """On the KL summed over a sample, beside the mean absolute error (L1) of its pixels."""
+    """On the KL summed over a sample, beside the mean absolute error (L1) of its pixels. (Latent diffusion's 1e-6 stands
+    beside a sum over pixels.)"""
     l2_weight: float = 0.0
     """On the mean square error. L1 alone settles most pixels first: in a short training small shapes and their colours
     come much earlier with some of it."""
@@ -80,7 +81,7 @@ class AutoencoderObjective:
         assert isinstance(network, Codec)
         image_BCHW = self._shown.image_BCHW
         moments = network.encode(image_BCHW.to(next(network.parameters()).dtype))
-        output_BCHW = network.decode_raw(draw(moments, torch.zeros_like(moments.mean_BCHW), network.affine))
+        output_BCHW = network.decode_raw(moments.mean_BCHW)
         pairs = torch.cat([image_BCHW, output_BCHW.float().clamp(-1, 1)])
         pixels = ((pairs + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
         return contact_sheet(list(pixels), columns=len(image_BCHW))
