@@ -30,8 +30,8 @@ class AutoencoderConfig(Config):
     layers_per_block: int = 1
     norm_groups: int = 16
     kl_weight: float = 1e-6
-    """On the KL summed over a sample, beside the mean absolute error (L1) of its pixels. (Latent diffusion's 1e-6 stands
-    beside a sum over pixels.)"""
+    """On the KL summed over a sample, beside the mean absolute error (L1) of its pixels. Latent diffusion's 1e-6
+    stands beside a sum over pixels."""
     l2_weight: float = 0.0
     """On the mean square error. L1 alone settles most pixels first: in a short training small shapes and their colours
     come much earlier with some of it."""
