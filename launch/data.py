@@ -19,7 +19,7 @@ def synth(out: Path, overrides: tuple[str, ...]) -> None:
     """Write shards of drawn scenes with captions into OUT.
 
     OVERRIDES are keys of the scenes' settings: num_samples=12000 resolution=32 seed=0. The held-out combinations of
-    colour and shape never appear.
+    colour, shape and position never appear.
     """
     from stack import config as configuration
     from stack.data.synthetic import HELD_OUT, SynthConfig, write_shards
@@ -35,8 +35,8 @@ def synth(out: Path, overrides: tuple[str, ...]) -> None:
             done = count
 
         write_shards(out, config, report)
-    pairs = ", ".join(f"{colour} {kind}" for colour, kind in HELD_OUT)
-    click.echo(f"{out}: {config.num_samples:,} scenes; held out: {pairs}")
+    combinations = ", ".join(f"{colour} {kind} {position}" for colour, kind, position in HELD_OUT)
+    click.echo(f"{out}: {config.num_samples:,} scenes; held out: {combinations}")
 
 
 @command.command()

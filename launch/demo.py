@@ -20,7 +20,7 @@ import click
 
 CONFIGS = Path(os.path.relpath(Path(__file__).parents[1] / "configs"))
 DEFAULT_MINUTES = 18.0
-AUTOENCODER_SHARE = 0.25
+AUTOENCODER_SHARE = 0.2
 """Of the time budget."""
 RESERVE_SECONDS = {"scenes": 130.0, "shards": 60.0}
 """Kept back for what follows training: samples, evaluation, export, report."""
@@ -33,13 +33,13 @@ SCENE_PROMPTS = [
     for size, colour, kind, place in (
         ("", "red", "circle", "at the left"), ("large ", "green", "square", "in the centre"),
         ("", "cyan", "triangle", "at the top"), ("small ", "yellow", "star", "at the right"),
-        ("", "purple", "circle", "at the bottom"), ("", "red", "cross", "in the centre"),
+        ("", "purple", "triangle", "at the bottom"), ("", "red", "square", "in the centre"),
         ("", "blue", "star", "at the left"), ("large ", "green", "triangle", "in the centre"),
-        ("", "yellow", "square", "at the bottom"), ("", "purple", "cross", "at the right"),
+        ("", "yellow", "square", "at the bottom"), ("", "purple", "circle", "at the right"),
     )
 ] + [
     "a red circle to the left of a blue square", "a yellow star above a green circle",
-    "a cyan cross below a red triangle", "a purple square to the right of a yellow circle",
+    "a cyan square below a red triangle", "a purple square to the right of a yellow circle",
     "a small red star at the left on a black background", "a grey background with a large cyan circle in the centre",
 ]  # fmt: skip
 
@@ -179,7 +179,7 @@ def command(shards: str | None, out: Path, minutes: float | None, prompts: Path 
     demo = Demo(out)
     index, source = out / "index", shards or str(out / "shards")
     if shards is None:
-        demo.stage("draw", ["data", "synth", source, "two_shape_share=0.2"], out / "shards")
+        demo.stage("draw", ["data", "synth", source], out / "shards")
     else:
         index_shards(source, index)
 

@@ -1,12 +1,13 @@
 """Drawn scenes: one or two coloured shapes on a plain ground, with captions and the truth about each.
 
-Everything of sample `index` is a function of (seed, index) alone. The colour-and-shape pairs in `HELD_OUT` never stand
-in a training scene, so a model that draws them has composed what it knows of the colour and of the shape.
+Everything of sample `index` is a function of (seed, index) alone. The combinations of colour, shape and position in
+`HELD_OUT` never stand in a training scene, so a model that draws them has composed what it knows of the three.
 """
 
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import math
 import os
@@ -35,7 +36,7 @@ BACKGROUNDS: dict[str, tuple[int, int, int]] = {
     "grey": (128, 128, 128),
     "black": (15, 15, 15),
 }
-RADII: dict[str, tuple[float, float]] = {"small": (0.160, 0.175), "large": (0.230, 0.250)}  # shares of the mean side
+RADII: dict[str, int] = {"small": 6, "large": 8}  # in units, see `GRID`
 POSITIONS: dict[str, tuple[int, int]] = {  # the direction from the image's middle, y downwards
     "left": (-1, 0),
     "right": (1, 0),
@@ -49,20 +50,39 @@ RELATIONS: dict[str, tuple[int, int]] = {  # the direction from the second shape
     "above": (0, -1),
     "below": (0, 1),
 }
-HELD_OUT: tuple[tuple[str, str], ...] = (
-    ("blue", "star"),
-    ("green", "triangle"),
-    ("yellow", "square"),
-    ("purple", "cross"),
+_SIDES: dict[str, tuple[str, str]] = {  # the positions of the first shape and the second beside each other
+    "left of": ("left", "right"),
+    "right of": ("right", "left"),
+    "above": ("top", "bottom"),
+    "below": ("bottom", "top"),
+}
+GRID = 32
+"""Units of the mean side. Radii and centres are whole units, at resolution 32 whole pixels: outlines are crisp, and a
+model has few renderings of each to learn."""
+
+HELD_OUT: tuple[tuple[str, str, str], ...] = (
+    ("red", "star", "top"),
+    ("red", "square", "left"),
+    ("green", "triangle", "right"),
+    ("green", "circle", "centre"),
+    ("blue", "star", "right"),
+    ("blue", "square", "top"),
+    ("yellow", "circle", "left"),
+    ("yellow", "triangle", "bottom"),
+    ("purple", "star", "left"),
+    ("purple", "square", "centre"),
+    ("cyan", "circle", "bottom"),
+    ("cyan", "triangle", "right"),
 )
+"""(colour, kind, position): each kind three times, each colour twice, each position two or three times."""
 
 BORDER = 1 / 8  # a centre further than this from the middle (share of the side) has left the middle field
 _OFFSET = 0.2  # the least distance of a drawn shape's centre from the middle where it's called left, right, top, bottom
-_JITTER = 0.06  # the most that a drawn centre strays across its position's direction
-_MARGIN = 1 / 32  # free space between a shape and the image's edge, a share of the mean side
-_GAP = 2 / 32  # the least space between two shapes
+_JITTER = 1  # units: the most that a drawn centre strays from its place
+_MARGIN = 1  # units of free space between a shape and the image's edge
+_GAP = 2  # units: the least space between two shapes
 _OVERSAMPLING = 8
-_SIZES_OF_TWO = (("small", "small"), ("small", "large"), ("large", "small"))  # two large ones have no room
+_SIZES_OF_TWO = (("small", "small"), ("small", "large"), ("large", "small"))
 
 
 def _regular(num_points: int, *radii: float) -> np.ndarray:
@@ -74,24 +94,13 @@ def _regular(num_points: int, *radii: float) -> np.ndarray:
     return 2 * (points - low) / (high - low) - 1
 
 
-def _cross(arm: float) -> np.ndarray:
-    """Points [12, 2] of a cross in the box [-1, 1]²; `arm` is half the width of its arms."""
-    corners = [(-arm, -1.0), (arm, -1.0), (arm, -arm)]
-    outline = []
-    for _ in range(4):
-        outline += corners
-        corners = [(-y, x) for x, y in corners]  # a quarter turn clockwise
-    return np.array(outline)
-
-
 OUTLINES: dict[str, np.ndarray] = {  # polygons [N, 2] in the box [-1, 1]², y downwards
     "circle": _regular(64, 1),
     "square": np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)], dtype=float),
     "triangle": np.array([(0, -1), (1, 1), (-1, 1)], dtype=float),
     "star": _regular(10, 1, 0.5),
-    "cross": _cross(0.36),
 }
-PAIRS = tuple((colour, kind) for colour in COLOURS for kind in OUTLINES if (colour, kind) not in HELD_OUT)
+PAIRS = tuple((colour, kind) for colour in COLOURS for kind in OUTLINES)
 
 
 @dataclass(frozen=True)
@@ -197,29 +206,32 @@ def sample_scene(
 ) -> Scene:
     """A scene of one or two shapes; what isn't given is drawn from `rng`.
 
-    pair    (colour, kind) of the only shape, or of either one of the two; never one of `HELD_OUT` unless given.
+    pair    (colour, kind) of the only shape, or of the one that is named first.
     place   position (one shape) or relation (two shapes).
     bucket  a key of `buckets`.
 
+    No shape is one of `HELD_OUT`, unless both `pair` and `place` are given and say so. Of two shapes, one that is left
+    of the other counts as standing at the left, and so on.
+
     Raises ValueError where `bucket` has no room at `place`: two shapes aren't stacked in a wide image.
     """
-    pair = pair or rng.choice(PAIRS)
-    pairs = [pair]
-    if num_shapes == 2:
-        pairs.append(rng.choice([other for other in PAIRS if other[0] != pair[0]]))
-        rng.shuffle(pairs)
     background = rng.choice(list(BACKGROUNDS))
     for _ in range(1000):  # until the shapes have room: a large one has no place at the top of a wide image
-        chosen = bucket or rng.choice(("square", "square", "wide", "tall"))
+        chosen = bucket or rng.choice(("square", "square", "square", "wide", "tall"))
         size = buckets(resolution)[chosen]
         where = place or rng.choice(list(POSITIONS if num_shapes == 1 else RELATIONS))
         sizes = rng.choice((("small",), ("large",)) if num_shapes == 1 else _SIZES_OF_TWO)
-        radii = [round(rng.uniform(*RADII[name]), 4) for name in sizes]
+        radii = [RADII[name] for name in sizes]
         centres = _one_centre(rng, where, radii[0], size) if num_shapes == 1 else _two_centres(rng, where, radii, size)
-        if centres is not None:
+        pairs = [pair or rng.choice(PAIRS)]
+        if num_shapes == 2:
+            pairs.append(rng.choice([other for other in PAIRS if other[0] != pairs[0][0]]))
+        combinations = [(*named, side) for named, side in zip(pairs, _SIDES.get(where, (where,)), strict=True)]
+        drawn = combinations[1:] if pair and place else combinations
+        if centres is not None and not set(drawn) & set(HELD_OUT):
             shapes = (
-                Shape(kind, colour, name, (round(x, 4), round(y, 4)), radius)
-                for (colour, kind), name, (x, y), radius in zip(pairs, sizes, centres, radii, strict=True)
+                Shape(kind, colour, name, centre, radius / GRID)
+                for (colour, kind), name, centre, radius in zip(pairs, sizes, centres, radii, strict=True)
             )
             return Scene(background, tuple(shapes), size)
     raise ValueError(f"no room for {num_shapes} shapes with place={place!r} in bucket={bucket!r}")
@@ -228,54 +240,62 @@ def sample_scene(
 _Centres = list[tuple[float, float]]
 
 
-def _one_centre(rng: random.Random, position: str, radius: float, size: tuple[int, int]) -> _Centres | None:
+def _one_centre(rng: random.Random, position: str, radius: int, size: tuple[int, int]) -> _Centres | None:
     centre = []
-    for direction, side in zip(POSITIONS[position], size, strict=True):
-        room = 0.5 - (radius + _MARGIN) * sum(size) / 2 / side  # the most that the centre can leave the middle
-        if direction and room < _OFFSET:
+    for direction, side in zip(POSITIONS[position], _units(size), strict=True):
+        least = math.ceil(_OFFSET * side)
+        most = side // 2 - radius - _MARGIN
+        if direction and most < least:
             return None
-        offset = direction * rng.uniform(_OFFSET, room) if direction else rng.uniform(-_JITTER, _JITTER)
-        centre.append(0.5 + offset)
+        low, high = (least, min(most, least + _JITTER)) if direction else (-_JITTER, _JITTER)
+        centre.append(0.5 + (direction or 1) * rng.randint(low, high) / side)
     return [(centre[0], centre[1])]
 
 
-def _two_centres(rng: random.Random, relation: str, radii: list[float], size: tuple[int, int]) -> _Centres | None:
+def _two_centres(rng: random.Random, relation: str, radii: list[int], size: tuple[int, int]) -> _Centres | None:
     axis = 0 if RELATIONS[relation][0] else 1
     first_comes_first = sum(RELATIONS[relation]) < 0
-    mean_side = sum(size) / 2
-    side = size[axis] / mean_side  # from here on in shares of the mean side, as the radii are
-    spare = side - 2 * sum(radii) - 2 * _MARGIN - _GAP
+    sides = _units(size)
+    spare = sides[axis] - 2 * sum(radii) - 2 * _MARGIN - _GAP
     if spare < 0:
         return None
-    before, until = sorted((rng.uniform(0, spare), rng.uniform(0, spare)))
+    before, until = sorted((rng.randint(0, spare), rng.randint(0, spare)))
     near, far = radii if first_comes_first else radii[::-1]
     start = _MARGIN + before + near
     along = [start, start + near + _GAP + (until - before) + far]
     centres = []
     for position in along if first_comes_first else along[::-1]:
-        across = 0.5 + rng.uniform(-_JITTER, _JITTER)
-        centres.append((position / side, across) if axis == 0 else (across, position / side))
+        across = 0.5 + rng.randint(-_JITTER, _JITTER) / sides[1 - axis]
+        centres.append((position / sides[axis], across) if axis == 0 else (across, position / sides[axis]))
     return centres
+
+
+def _units(size: tuple[int, int]) -> tuple[int, int]:
+    """An image's sides in units: (width, height) at resolution `GRID`."""
+    width, height = (side * 2 * GRID // sum(size) for side in size)
+    return width, height
 
 
 def evaluation_prompts(
     num: int, seed: int, *, num_shapes: int, held_out: bool, resolution: int = 32, bucket: str = "square"
 ) -> list[Scene]:
-    """Scenes to ask a model for (with `prompt`), all of one bucket. The pairs (the held-out ones, or those of training)
-    take turns, and so do the positions or relations: no combination is repeated before all have stood once."""
+    """Scenes to ask a model for (with `prompt`), all of one bucket: of combinations that are held out, or of those of
+    training. Of two shapes it's the one that is named first; the other is one of training. The pairs take turns, and so
+    do the positions or relations: no combination is repeated before all have stood once."""
     rng = random.Random(f"evaluation {seed} {num_shapes} {held_out}")
-    pairs = list(HELD_OUT if held_out else PAIRS)
-    rng.shuffle(pairs)
+    pairs = rng.sample(PAIRS, len(PAIRS))
     places = list(POSITIONS if num_shapes == 1 else RELATIONS)
-    scenes = []
-    for index in range(num):
-        turn, column = divmod(index, len(pairs))
-        place = places[(column + turn) % len(places)]
-        drawn = sample_scene(
-            rng, num_shapes=num_shapes, resolution=resolution, pair=pairs[column], place=place, bucket=bucket
-        )
-        scenes.append(drawn)
-    return scenes
+    wanted = [
+        (pair, place)
+        for turn in range(len(places))
+        for column, pair in enumerate(pairs)
+        for place in [places[(column + turn) % len(places)]]
+        if ((*pair, _SIDES.get(place, (place,))[0]) in HELD_OUT) == held_out
+    ]
+    return [
+        sample_scene(rng, num_shapes=num_shapes, resolution=resolution, pair=pair, place=place, bucket=bucket)
+        for pair, place in itertools.islice(itertools.cycle(wanted), num)
+    ]
 
 
 # Captions
@@ -333,7 +353,7 @@ class SynthConfig(Config):
     samples_per_shard: int = pydantic.Field(default=1000, ge=1)
     resolution: int = pydantic.Field(default=32, ge=32, multiple_of=32)
     seed: int = 0
-    two_shape_share: float = pydantic.Field(default=0.35, ge=0, le=1)
+    two_shape_share: float = pydantic.Field(default=0.2, ge=0, le=1)
     image_format: Literal["png", "webp"] = "png"
 
 

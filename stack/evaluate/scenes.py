@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageFilter
 
-from stack.data.synthetic import COLOURS, OUTLINES, RADII, Scene, coverage, position_of, relation_of
+from stack.data.synthetic import COLOURS, GRID, OUTLINES, RADII, Scene, coverage, position_of, relation_of
 
 _PALETTE = np.array(list(COLOURS.values()), dtype=np.float32)
 _COLOUR_RADIUS = 90.0  # RGB distance beyond which a pixel has no colour of the palette
@@ -31,7 +31,7 @@ def _area_and_centroid(outline: np.ndarray) -> tuple[float, np.ndarray]:
 
 
 _MOMENTS = {kind: _area_and_centroid(outline) for kind, outline in OUTLINES.items()}
-_SMALLEST = min(area for area, _ in _MOMENTS.values()) * min(low for low, _ in RADII.values()) ** 2
+_SMALLEST = min(area for area, _ in _MOMENTS.values()) * (min(RADII.values()) / GRID) ** 2
 
 
 @dataclass(frozen=True)

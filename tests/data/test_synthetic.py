@@ -53,19 +53,40 @@ def test_colours_and_backgrounds_are_far_apart() -> None:
     assert min(np.linalg.norm(a - b) for a, b in itertools.combinations(palette, 2)) > 110
 
 
-def test_held_out_pairs_name_each_colour_and_kind_at_most_once_and_never_train() -> None:
-    colours, kinds = zip(*HELD_OUT, strict=True)
-    assert len(set(colours)) == len(set(kinds)) == len(HELD_OUT) == 4
-    drawn = {(shape.colour, shape.kind) for scene, _ in SAMPLES for shape in scene.shapes}
-    assert drawn == set(PAIRS) == set(itertools.product(COLOURS, OUTLINES)) - set(HELD_OUT)
-    texts = " | ".join(text for _, text in SAMPLES)
-    assert not [pair for pair in HELD_OUT if " ".join(pair) in texts]
+def combinations(scene: Scene) -> list[tuple[str, str, str | None]]:
+    """(colour, kind, position) of each shape; of two, the side on which the other one doesn't lie."""
+    opposite = {"left": "right", "right": "left", "top": "bottom", "bottom": "top"}
+    shapes = scene.shapes
+    if len(shapes) == 1:
+        return [(shapes[0].colour, shapes[0].kind, shapes[0].position)]
+    side = {"left of": "left", "right of": "right", "above": "top", "below": "bottom"}[str(scene.relation)]
+    return [(shapes[0].colour, shapes[0].kind, side), (shapes[1].colour, shapes[1].kind, opposite[side])]
+
+
+def test_held_out_combinations_are_balanced_and_never_train() -> None:
+    colours, kinds, positions = (Counter(values) for values in zip(*HELD_OUT, strict=True))
+    assert len(set(HELD_OUT)) == len(HELD_OUT) == 12
+    assert set(colours.values()) == {2}
+    assert set(kinds.values()) == {3}
+    assert set(positions) == set(POSITIONS)
+    assert set(positions.values()) == {2, 3}
+    for num_shapes in (1, 2):
+        drawn = {
+            combination
+            for index in range(4000)
+            for combination in combinations(sample_scene(random.Random(index), num_shapes=num_shapes))
+        }
+        places = POSITIONS if num_shapes == 1 else ("left", "right", "top", "bottom")
+        everything = {(*pair, place) for pair in PAIRS for place in places}
+        assert drawn == everything - set(HELD_OUT)
+    for scene, text in SAMPLES:
+        assert not set(combinations(scene)) & set(HELD_OUT), text
 
 
 def test_training_scenes_cover_everything_in_the_shares_asked_for() -> None:
     ones = [scene for scene, _ in SAMPLES if len(scene.shapes) == 1]
     twos = [scene for scene, _ in SAMPLES if len(scene.shapes) == 2]
-    assert len(ones) / len(SAMPLES) == pytest.approx(0.65, abs=0.03)
+    assert len(ones) / len(SAMPLES) == pytest.approx(0.8, abs=0.03)
     sizes = Counter(scene.size for scene, _ in SAMPLES)
     assert set(sizes) == {(32, 32), (40, 24), (24, 40)}
     assert min(sizes.values()) > 0.15 * len(SAMPLES)
@@ -197,27 +218,19 @@ def test_evaluation_prompts_are_balanced(num_shapes: int, held_out: bool) -> Non
     scenes = evaluation_prompts(80, 0, num_shapes=num_shapes, held_out=held_out)
     assert scenes == evaluation_prompts(80, 0, num_shapes=num_shapes, held_out=held_out)
     assert scenes != evaluation_prompts(80, 1, num_shapes=num_shapes, held_out=held_out)
-    pairs: Counter[tuple[str, str]] = Counter()
-    places: Counter[str | None] = Counter()
-    for scene in scenes:
-        here = [(shape.colour, shape.kind) for shape in scene.shapes]
-        unseen = [pair for pair in here if pair in HELD_OUT]
-        assert len(here) == num_shapes
-        assert len(unseen) == (1 if held_out else 0)
-        pairs.update(unseen if held_out else here)
-        places[scene.shapes[0].position if num_shapes == 1 else scene.relation] += 1
-        assert scene.size == (32, 32)
-    num_places = len(POSITIONS if num_shapes == 1 else RELATIONS)
-    assert len(places) == num_places
-    assert max(places.values()) - min(places.values()) <= len(PAIRS) // num_places
-    if held_out:
-        assert set(pairs.values()) == {20}
-        assert set(places.values()) == {80 // num_places}
+    first = [combinations(scene)[0] for scene in scenes]
+    assert all((combination in HELD_OUT) == held_out for combination in first)
+    assert not {second for scene in scenes for second in combinations(scene)[1:]} & set(HELD_OUT)
+    assert {scene.size for scene in scenes} == {(32, 32)}
+    places = POSITIONS if num_shapes == 1 else ("left", "right", "top", "bottom")
+    wanted = {(*pair, place) for pair in PAIRS for place in places if ((*pair, place) in HELD_OUT) == held_out}
+    times = Counter(first)
+    if len(wanted) <= len(scenes):
+        assert set(times) == wanted
+        assert max(times.values()) - min(times.values()) <= 1
     else:
-        assert set(pairs) == set(PAIRS)
-    if held_out and num_shapes == 1:
-        met = Counter((scene.shapes[0].colour, scene.shapes[0].position) for scene in scenes[:20])
-        assert len(met) == 20
+        assert len(times) == len(scenes)
+    assert set(Counter(place for *_, place in first)) == set(places)
 
 
 def test_evaluation_prompts_in_other_buckets() -> None:
