@@ -9,13 +9,16 @@ from __future__ import annotations
 import base64
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
 from stack.config import Config, UserError, validate
 from stack.text.conditioning import EncodedText
+
+if TYPE_CHECKING:
+    from stack.text.encoders import TextConfig
 
 VERSION = 1
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -73,6 +76,7 @@ class Manifest(Config):
     """autoencoder, t5, clip_l, clip_g → sha256 of weights and config."""
     pad: Literal["trim", "full"]
     t5_max_tokens: int
+    clip_tokens: bool = True
     buckets: list[tuple[int, int]]
     """(width, height) in pixels."""
     dtype: Literal["bfloat16", "float32"]
@@ -96,11 +100,13 @@ class Manifest(Config):
 
         return text_from(load(base64.b64decode(self.empty_caption)))
 
-    def check(self, folder: Path, encoders: dict[str, str], pad: str, t5_max_tokens: int) -> None:
+    def check(self, folder: Path, encoders: dict[str, str], text: TextConfig) -> None:
         """UserError naming both values where the manifest and a configuration disagree."""
         names = sorted({*self.encoders, *encoders})
+        pairs: list[tuple[str, Any, Any]]
         pairs = [(f"encoders.{name}", self.encoders.get(name), encoders.get(name)) for name in names]
-        for key, own, other in [*pairs, ("pad", self.pad, pad), ("t5_max_tokens", self.t5_max_tokens, t5_max_tokens)]:
+        pairs += [(key, getattr(self, key), getattr(text, key)) for key in ("pad", "t5_max_tokens", "clip_tokens")]
+        for key, own, other in pairs:
             if own != other:
                 raise UserError(
                     f"{folder / MANIFEST}: {key} is {own!r}, this configuration has {other!r}: "

@@ -21,7 +21,8 @@ _EMPTY_CLIP_TOKENS = 2
 
 @dataclass(frozen=True)
 class EncodedText:
-    """One caption. An encoder that is absent leaves None, and nothing in `pooled`."""
+    """One caption. An encoder that is absent leaves None, and nothing in `pooled`; a CLIP of which only the pooled
+    vector is wanted leaves no tokens, L_clip = 0."""
 
     t5: Tensor | None  # [L_t5, D_t5]
     clip_l: Tensor | None  # [L_clip, D_l], second to last layer, without the final LayerNorm

@@ -44,6 +44,9 @@ class TextConfig(Config):
     clip_l: str | None = None
     clip_g: str | None = None
     t5_max_tokens: int = pydantic.Field(default=77, ge=1)
+    clip_tokens: bool = True
+    """Whether CLIP's tokens stand in the context beside T5's, as in SD3. Without them CLIP gives the pooled vector
+    alone, as in FLUX: half the text tokens, which is a good part of a step where images are small."""
     pad: Pad = "trim"
     batch_size: int = pydantic.Field(default=64, ge=1)
 
@@ -51,6 +54,8 @@ class TextConfig(Config):
     def _needs_a_clip(self) -> TextConfig:
         if self.clip_l is None and self.clip_g is None:
             raise ValueError("name clip_l or clip_g: the pooled vector that modulates the model comes from them")
+        if self.t5 is None and not self.clip_tokens:
+            raise ValueError("clip_tokens=false without t5 leaves no tokens for the context: name t5")
         return self
 
 
@@ -91,9 +96,12 @@ class TextEncoders:
         encoded = {name: self._run(encoder, captions) for name, encoder in self._encoders.items()}
         absent: list[tuple[Tensor | None, Tensor | None]] = [(None, None)] * len(captions)
         results = []
-        for t5, clip_l, clip_g in zip(*(encoded.get(name, absent) for name in NAMES), strict=True):
-            pooled = [vector for _, vector in (clip_l, clip_g) if vector is not None]
-            results.append(EncodedText(t5[0], clip_l[0], clip_g[0], torch.cat(pooled) if pooled else torch.empty(0)))
+        for t5, *clips in zip(*(encoded.get(name, absent) for name in NAMES), strict=True):
+            pooled = [vector for _, vector in clips if vector is not None]
+            clip_l, clip_g = (
+                hidden if hidden is None or self.config.clip_tokens else hidden[:0].clone() for hidden, _ in clips
+            )
+            results.append(EncodedText(t5[0], clip_l, clip_g, torch.cat(pooled) if pooled else torch.empty(0)))
         return results
 
     def _run(self, encoder: _Encoder, captions: Sequence[str]) -> list[tuple[Tensor | None, Tensor | None]]:

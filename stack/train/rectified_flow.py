@@ -69,7 +69,7 @@ class RectifiedFlow:
     def __init__(self, config: RectifiedFlowConfig, data: LatentDataset, seed: int, device: torch.device):
         manifest = data.manifest
         self._encoders = encoder_fingerprints(config.text, config.autoencoder)
-        manifest.check(data.folder, self._encoders, config.text.pad, config.text.t5_max_tokens)
+        manifest.check(data.folder, self._encoders, config.text)
         if config.model.in_channels != manifest.latent_channels:
             raise UserError(
                 f"objective.model.in_channels is {config.model.in_channels}, the latents of {data.folder} have "

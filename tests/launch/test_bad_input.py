@@ -59,6 +59,7 @@ def test_a_missing_autoencoder(mmdit, stage, tmp_path):
         ("objective.model.in_channels=7", "in_channels is 7"),
         ("data.batch_size=7", "batch_size 7 is not divisible by ranks × accumulation = 1 × 2"),
         ("data.kind=images", "data.path"),
+        ("objective.text.clip_tokens=false", "clip_tokens is True, this configuration has False"),
         ("objective.text.pad=full", "pad is 'trim', this configuration has 'full'"),
     ],
 )

@@ -152,3 +152,14 @@ def test_lengths_follow_the_padding(stage, tmp_path, mmdit, pad):
     assert mmdit("preencode", config, f"text.pad={pad}", "text.t5_max_tokens=32").returncode == 0
     lengths = ShardSet(index_shards(tmp_path / "out")).caption_length
     assert (lengths == 77).all() if pad == "full" else (lengths < 30).all()
+
+
+def test_without_clip_tokens_samples_hold_the_pooled_vector_alone(stage, tmp_path, mmdit):
+    config = configuration(stage, tmp_path / "out")
+    assert mmdit("preencode", config, "text.clip_tokens=false").returncode == 0
+    assert not load_manifest(tmp_path / "out").clip_tokens
+    shards = ShardSet(index_shards(tmp_path / "out"))
+    sample = sample_from_bytes(ShardReader(shards.indices).read(*shards.locate(0), "safetensors"))
+    assert (sample.text.clip_l.shape, sample.text.clip_g.shape) == ((0, 48), (0, 80))
+    assert len(sample.text.t5) == shards.caption_length[0] > 0
+    assert sample.text.pooled.abs().sum() > 0

@@ -13,6 +13,7 @@ from torch import Tensor
 from stack.config import UserError, load, validate
 from stack.data.synthetic import COLOURS, OUTLINES, SynthConfig, make_sample
 from stack.text import tokenizer
+from stack.text.conditioning import collate, join
 from stack.text.encoders import NAMES, EncodedText, TextConfig, TextEncoders, fingerprints, write_untrained_encoders
 
 CAPTIONS = [
@@ -65,6 +66,24 @@ def test_a_caption_does_not_depend_on_its_batch(config: TextConfig, encoders: Te
         for one, other in zip(alone, together, strict=True):
             for a, b in zip(embeddings(one), embeddings(other), strict=True):
                 torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-5)
+
+
+def test_without_clip_tokens_the_context_is_t5s_and_the_pooled_vector_stays(
+    config: TextConfig, encoders: TextEncoders
+) -> None:
+    alone = TextEncoders(changed(config, clip_tokens=False)).encode(CAPTIONS)
+    assert all((len(text.clip_l), len(text.clip_g)) == (0, 0) for text in alone)  # type: ignore[arg-type]
+    lengths = torch.tensor([len(text.t5) for text in alone])  # type: ignore[arg-type]
+    keep_B = torch.arange(len(CAPTIONS)) % 2 == 0
+    both = join(collate(encoders.encode(CAPTIONS)), 128, None, keep_B, None)
+    context_BLD, mask_BL, pooled_BD = join(collate(alone), 128, None, keep_B, None)
+    assert torch.equal(mask_BL.sum(1), lengths)
+    assert torch.equal(context_BLD, both[0][:, -context_BLD.shape[1] :])
+    assert torch.equal(pooled_BD, both[2])
+    dropped = join(collate(alone), 128, ~keep_B, None, None)
+    assert torch.equal(dropped[1].sum(1), torch.where(keep_B, 1, lengths))
+    with pytest.raises(UserError, match="clip_tokens=false without t5"):
+        load(TextConfig, overrides=[f"clip_l={config.clip_l}", "clip_tokens=false"])
 
 
 def test_full_padding_is_the_published_form(config: TextConfig) -> None:
