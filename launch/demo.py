@@ -14,17 +14,17 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 
 CONFIGS = Path(os.path.relpath(Path(__file__).parents[1] / "configs"))
-DEFAULT_MINUTES = 18.0
-AUTOENCODER_SHARE = 0.2
+DEFAULT_MINUTES = 19.5
+AUTOENCODER_SHARE = 0.22
 """Of the time budget."""
-RESERVE_SECONDS = {"scenes": 130.0, "shards": 60.0}
+RESERVE_SECONDS = {"scenes": 60.0, "shards": 30.0}
 """Kept back for what follows training: samples, evaluation, export, report."""
-CALIBRATION_STEPS = 24
+CALIBRATION_STEPS = 36
 NUM_SCENES = 96
 NUM_PROMPTS = 16
 
@@ -45,9 +45,8 @@ SCENE_PROMPTS = [
 
 
 class Demo:
-    """Runs stages once each. A stage was finished before if it and all stages above were the same
-    commands on the same files;
-    what another one left is removed, and what the same one left half done it goes on with."""
+    """Runs stages once each. A stage was finished before if it and all stages above were the same commands on the same
+    files; what another one left is removed, and what the same one left half done it goes on with."""
 
     def __init__(self, out: Path):
         self.out = out
@@ -63,16 +62,21 @@ class Demo:
         known = self.done.get(name, {})
         if known.get("chain") != self._chain:
             shutil.rmtree(output, ignore_errors=True)
+            known = {"seconds": 0.0, "peak_rss_gb": 0.0}
         elif known["finished"]:
             click.echo(f"{name}: finished before, skipped", err=True)
             return
         click.echo(f"{name}: {command}", err=True)
-        self.done[name] = {"chain": self._chain, "command": command, "finished": False}
+        self.done[name] = {**known, "chain": self._chain, "command": command, "finished": False}
         self._save()
-        began = time.monotonic()
-        peak = run(arguments)
-        self.done[name] |= {"finished": True, "seconds": time.monotonic() - began, "peak_rss_gb": peak}
+        outcome = run(arguments)
+        self.done[name] |= {
+            "finished": outcome.code == 0,
+            "seconds": known["seconds"] + outcome.seconds,
+            "peak_rss_gb": max(known["peak_rss_gb"], outcome.peak_rss_gb),
+        }
         self._save()
+        outcome.exit_unless_done()
 
     def value(self, name: str, measure: Callable[[], int]) -> int:
         """A number that is measured once and kept, so that running again goes on with the same."""
@@ -89,10 +93,24 @@ class Demo:
             temporary.write_text(json.dumps(self.done, indent=1))
 
 
-def run(arguments: list[str]) -> float:
-    """`mmdit ARGUMENTS` in a process of its own; the peak memory in GB of all processes of this program together."""
+class Outcome(NamedTuple):
+    """Of a command: exit code, time, and the peak memory of all processes of this program together."""
+
+    code: int
+    seconds: float
+    peak_rss_gb: float
+
+    def exit_unless_done(self) -> None:
+        if self.code:
+            click.echo(f"mmdit demo: stopped; the same command goes on from here (exit code {self.code})", err=True)
+            sys.exit(self.code if self.code > 0 else 1)
+
+
+def run(arguments: list[str]) -> Outcome:
+    """`mmdit ARGUMENTS` in a process of its own."""
     from launch.environment import MALLOC, die_with_parent
 
+    began = time.monotonic()
     with peak_memory() as peak:
         code = subprocess.run(
             [sys.executable, "-m", "launch.cli", *arguments],
@@ -100,10 +118,7 @@ def run(arguments: list[str]) -> float:
             check=False,
             preexec_fn=die_with_parent,
         ).returncode
-    if code:
-        click.echo(f"mmdit demo: stopped; the same command goes on from here (exit code {code})", err=True)
-        sys.exit(code if code > 0 else 1)
-    return peak[0]
+    return Outcome(code, time.monotonic() - began, peak[0])
 
 
 @contextmanager
@@ -142,7 +157,7 @@ def seconds_per_step(out: Path, arguments: list[str]) -> float:
     scratch = out / "calibration"
     shutil.rmtree(scratch, ignore_errors=True)
     settings = (f"schedule.steps={CALIBRATION_STEPS}", "log.every=2", "log.wandb=disabled", "snapshot.every=1000000")
-    run([*arguments, f"run.dir={scratch}", "checkpoint.every=1000000", *settings])
+    run([*arguments, f"run.dir={scratch}", "checkpoint.every=1000000", *settings]).exit_unless_done()
     times = [line["step_s"] for line in read_metrics(scratch) if "step_s" in line]
     shutil.rmtree(scratch)
     return statistics.median(times[len(times) // 3 :])
