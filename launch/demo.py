@@ -33,9 +33,9 @@ SCENE_PROMPTS = [
     for size, colour, kind, place in (
         ("", "red", "circle", "at the left"), ("large ", "green", "square", "in the centre"),
         ("", "cyan", "triangle", "at the top"), ("small ", "yellow", "star", "at the right"),
-        ("", "purple", "triangle", "at the bottom"), ("", "red", "square", "in the centre"),
-        ("", "blue", "star", "at the left"), ("large ", "green", "triangle", "in the centre"),
-        ("", "yellow", "square", "at the bottom"), ("", "purple", "circle", "at the right"),
+        ("", "purple", "triangle", "at the bottom"), ("", "red", "circle", "in the centre"),
+        ("", "blue", "star", "at the right"), ("", "green", "triangle", "at the right"),
+        ("", "yellow", "triangle", "at the bottom"), ("", "purple", "square", "in the centre"),
     )
 ] + [
     "a red circle to the left of a blue square", "a yellow star above a green circle",
@@ -45,8 +45,8 @@ SCENE_PROMPTS = [
 
 
 class Demo:
-    """Runs stages once each. A stage was finished before if it and all stages above were the same commands on the same
-    files; what another one left is removed, and what the same one left half done it goes on with."""
+    """Runs stages once each. A stage was finished before if it and all stages above were the same commands with equal
+    configurations; what another one left is removed, and what the same one left half done it goes on with."""
 
     def __init__(self, out: Path):
         self.out = out
@@ -54,11 +54,13 @@ class Demo:
         self.done: dict[str, Any] = json.loads(self.path.read_text()) if self.path.exists() else {}
         self._chain = ""
 
-    def stage(self, name: str, arguments: list[str], output: Path, config: Path | None = None) -> None:
-        """Run `mmdit ARGUMENTS`, which makes `output`, or skip it. Exits with its exit code where it fails."""
+    def stage(self, name: str, arguments: list[str], output: Path, content: str = "") -> None:
+        """Run `mmdit ARGUMENTS`, which makes `output`, or skip it. Exits with its exit code where it fails.
+
+        content: what stands in the files that the command reads, beside what earlier stages made.
+        """
         command = shlex.join(["mmdit", *arguments])
-        content = config.read_text() if config is not None else ""
-        self._chain = hashlib.sha256(f"{self._chain}\n{command}\n{content}".encode()).hexdigest()
+        self._chain = self._mark(command, content)
         known = self.done.get(name, {})
         if known.get("chain") != self._chain:
             shutil.rmtree(output, ignore_errors=True)
@@ -78,13 +80,17 @@ class Demo:
         self._save()
         outcome.exit_unless_done()
 
-    def value(self, name: str, measure: Callable[[], int]) -> int:
-        """A number that is measured once and kept, so that running again goes on with the same."""
+    def value(self, name: str, content: str, measure: Callable[[], int]) -> int:
+        """A number that is measured once for `content` and kept, so that running again goes on with the same."""
         values = self.done.setdefault("values", {})
-        if name not in values:
-            values[name] = measure()
+        mark = self._mark(name, content)
+        if values.get(name, {}).get("mark") != mark:
+            values[name] = {"mark": mark, "value": measure()}
             self._save()
-        return int(values[name])
+        return int(values[name]["value"])
+
+    def _mark(self, *parts: str) -> str:
+        return hashlib.sha256("\n".join((self._chain, *parts)).encode()).hexdigest()
 
     def _save(self) -> None:
         from stack.log import publish
@@ -112,12 +118,15 @@ def run(arguments: list[str]) -> Outcome:
 
     began = time.monotonic()
     with peak_memory() as peak:
-        code = subprocess.run(
-            [sys.executable, "-m", "launch.cli", *arguments],
-            env={**MALLOC, **os.environ},
-            check=False,
-            preexec_fn=die_with_parent,
-        ).returncode
+        try:
+            code = subprocess.run(
+                [sys.executable, "-m", "launch.cli", *arguments],
+                env={**MALLOC, **os.environ},
+                check=False,
+                preexec_fn=die_with_parent,
+            ).returncode
+        except KeyboardInterrupt:
+            code = 130
     return Outcome(code, time.monotonic() - began, peak[0])
 
 
@@ -167,7 +176,7 @@ def seconds_per_step(out: Path, arguments: list[str]) -> float:
 @click.option("--shards", help="Captioned images of your own (folder, .tar or glob) instead of drawn scenes.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("runs/demo"), show_default=True)
 @click.option("--minutes", type=click.FloatRange(min=1), help="Time budget that sets the numbers of steps. Default: as"
-              f" the configs say, and less where that would take over {DEFAULT_MINUTES:.0f} minutes.")  # fmt: skip
+              f" the configs say, and less where that would take over {DEFAULT_MINUTES:g} minutes.")  # fmt: skip
 @click.option("--prompts", type=click.Path(path_type=Path), help="A text file of prompts to show, one a line; if not"
               " given, a fixed list, or with --shards captions of theirs.")  # fmt: skip
 @click.option("--ranks", type=click.IntRange(min=1), help="Processes that train the MM-DiT. Default: 2, or one a GPU.")
@@ -179,9 +188,10 @@ def command(shards: str | None, out: Path, minutes: float | None, prompts: Path 
     import torch
 
     from stack import config as configuration
-    from stack.config import UserError
+    from stack.config import Config, UserError
     from stack.data.shards import index_shards
     from stack.log import publish
+    from stack.preencode.job import PreencodeConfig
     from stack.train.recipe import TrainConfig
 
     if not CONFIGS.is_dir():
@@ -198,6 +208,9 @@ def command(shards: str | None, out: Path, minutes: float | None, prompts: Path 
     else:
         index_shards(source, index)
 
+    def content(schema: type[Config], path: Path) -> str:
+        return configuration.dump(configuration.load(schema, path))
+
     def steps(name: str, arguments: list[str], config: Path, seconds: float) -> str:
         """Override that sets the number of steps by the time left, at most the configuration's unless --minutes."""
 
@@ -207,12 +220,13 @@ def command(shards: str | None, out: Path, minutes: float | None, prompts: Path 
             assert isinstance(planned, int)
             return fitting if minutes else min(fitting, planned)
 
-        return f"schedule.steps={demo.value(f'{name} steps in {budget / 60:g} minutes', measure)}"
+        decides = f"{shlex.join(arguments)} in {budget:g} s\n{content(TrainConfig, config)}"
+        return f"schedule.steps={demo.value(f'{name} steps', decides, measure)}"
 
     autoencoder, config = out / "autoencoder", CONFIGS / f"autoencoder/demo_{kind}.yaml"
     arguments = ["train", str(config), f"data.source={source}", f"data.index={index}"]
     chosen = steps("autoencoder", arguments, config, AUTOENCODER_SHARE * budget)
-    demo.stage("autoencoder", [*arguments, f"run.dir={autoencoder}", chosen], autoencoder, config)
+    demo.stage("autoencoder", [*arguments, f"run.dir={autoencoder}", chosen], autoencoder, content(TrainConfig, config))
     codec = out / "codec"
     demo.stage("codec", ["export", str(autoencoder), "-o", str(codec), "--replace"], codec)
 
@@ -222,7 +236,7 @@ def command(shards: str | None, out: Path, minutes: float | None, prompts: Path 
     config, encoded = CONFIGS / f"preencode/demo_{kind}.yaml", out / "encoded"
     arguments = ["preencode", str(config), f"source={source}", f"index={index}", f"out={encoded}"]
     arguments += [f"autoencoder={codec}", *(f"text.{name}" for name in names)]
-    demo.stage("preencode", arguments, encoded, config)
+    demo.stage("preencode", arguments, encoded, content(PreencodeConfig, config))
 
     model, config = out / "mmdit", out / "train.yaml"
     shown = shown or _captions(encoded)
@@ -231,13 +245,13 @@ def command(shards: str | None, out: Path, minutes: float | None, prompts: Path 
     arguments += [*(f"objective.text.{name}" for name in names), "--ranks", str(ranks)]
     left = budget - (time.monotonic() - began) - RESERVE_SECONDS[kind]
     chosen = steps("mmdit", arguments, config, left)
-    demo.stage("train", [*arguments, f"run.dir={model}", chosen], model, config)
+    demo.stage("train", [*arguments, f"run.dir={model}", chosen], model, content(TrainConfig, config))
 
-    listed = out / "prompts.txt"
+    listed, lines = out / "prompts.txt", "\n".join(shown) + "\n"
     with publish(listed) as temporary:
-        temporary.write_text("\n".join(shown) + "\n")
+        temporary.write_text(lines)
     grid = out / "samples.png"
-    demo.stage("sample", ["sample", str(model), "--prompts", str(listed), "--seed", "1", "-o", str(grid)], grid, listed)
+    demo.stage("sample", ["sample", str(model), "--prompts", str(listed), "--seed", "1", "-o", str(grid)], grid, lines)
     scenes = ["--scenes", str(NUM_SCENES)] if shards is None else []
     demo.stage("evaluate", ["evaluate", str(model), *scenes], model / "eval")
     exported = out / "export"

@@ -1,7 +1,8 @@
 """The sample contract of pre-encoded shards, and the manifest that says what made them.
 
-A sample is KEY.safetensors (latent_mean, latent_logvar [C, h, w]; t5, clip_l, clip_g [L, D]; pooled [D], L the
-caption's true length) and KEY.json. Moments are stored: the latent is drawn late, scale and shift are applied late.
+A sample is KEY.safetensors (latent_mean, latent_logvar [C, h, w]; t5, clip_l, clip_g [L, D]; pooled [D]) and KEY.json.
+L is the caption's true length, 0 for CLIP under `text.clip_tokens: false`. Moments are stored: the latent is drawn
+late, scale and shift are applied late.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import base64
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from stack.text.conditioning import EncodedText
 if TYPE_CHECKING:
     from stack.text.encoders import TextConfig
 
-VERSION = 1
+VERSION = 2
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 MANIFEST = "manifest.json"
 
@@ -76,7 +77,7 @@ class Manifest(Config):
     """autoencoder, t5, clip_l, clip_g → sha256 of weights and config."""
     pad: Literal["trim", "full"]
     t5_max_tokens: int
-    clip_tokens: bool = True
+    clip_tokens: bool
     buckets: list[tuple[int, int]]
     """(width, height) in pixels."""
     dtype: Literal["bfloat16", "float32"]
@@ -103,10 +104,8 @@ class Manifest(Config):
     def check(self, folder: Path, encoders: dict[str, str], text: TextConfig) -> None:
         """UserError naming both values where the manifest and a configuration disagree."""
         names = sorted({*self.encoders, *encoders})
-        pairs: list[tuple[str, Any, Any]]
         pairs = [(f"encoders.{name}", self.encoders.get(name), encoders.get(name)) for name in names]
-        pairs += [(key, getattr(self, key), getattr(text, key)) for key in ("pad", "t5_max_tokens", "clip_tokens")]
-        for key, own, other in pairs:
+        for key, own, other in [*pairs, *((key, getattr(self, key), value) for key, value in text.form.items())]:
             if own != other:
                 raise UserError(
                     f"{folder / MANIFEST}: {key} is {own!r}, this configuration has {other!r}: "

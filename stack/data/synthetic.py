@@ -59,6 +59,7 @@ _SIDES: dict[str, tuple[str, str]] = {  # the positions of the first shape and t
 GRID = 32
 """Units of the mean side. Radii and centres are whole units, at resolution 32 whole pixels: outlines are crisp, and a
 model has few renderings of each to learn."""
+_DRAWING = 2  # version of what is drawn for equal settings
 
 HELD_OUT: tuple[tuple[str, str, str], ...] = (
     ("red", "star", "top"),
@@ -176,7 +177,8 @@ def coverage(kind: str, x: float, y: float, radius: float, size: tuple[int, int]
     """How much of each pixel a shape covers, [height, width] in 0…1; centre and radius in pixels."""
     width, height = size
     canvas = Image.new("L", (width * _OVERSAMPLING, height * _OVERSAMPLING))
-    points = (OUTLINES[kind] * radius + (x, y)) * _OVERSAMPLING - 0.5
+    # Pillow fills the pixels on a polygon's edge too: half a subpixel less all round makes the area right.
+    points = (OUTLINES[kind] * (radius - 0.5 / _OVERSAMPLING) + (x, y)) * _OVERSAMPLING - 0.5
     ImageDraw.Draw(canvas).polygon([(float(u), float(v)) for u, v in points], fill=255)
     return np.asarray(canvas.reduce(_OVERSAMPLING), dtype=np.float32) / 255
 
@@ -211,7 +213,7 @@ def sample_scene(
     bucket  a key of `buckets`.
 
     No shape is one of `HELD_OUT`, unless both `pair` and `place` are given and say so. Of two shapes, one that is left
-    of the other counts as standing at the left, and so on.
+    of the other stands at the left, and so on.
 
     Raises ValueError where `bucket` has no room at `place`: two shapes aren't stacked in a wide image.
     """
@@ -226,14 +228,16 @@ def sample_scene(
         pairs = [pair or rng.choice(PAIRS)]
         if num_shapes == 2:
             pairs.append(rng.choice([other for other in PAIRS if other[0] != pairs[0][0]]))
-        combinations = [(*named, side) for named, side in zip(pairs, _SIDES.get(where, (where,)), strict=True)]
-        drawn = combinations[1:] if pair and place else combinations
-        if centres is not None and not set(drawn) & set(HELD_OUT):
-            shapes = (
-                Shape(kind, colour, name, centre, radius / GRID)
-                for (colour, kind), name, centre, radius in zip(pairs, sizes, centres, radii, strict=True)
-            )
-            return Scene(background, tuple(shapes), size)
+        if centres is None:
+            continue
+        shapes = tuple(
+            Shape(kind, colour, name, centre, radius / GRID)
+            for (colour, kind), name, centre, radius in zip(pairs, sizes, centres, radii, strict=True)
+        )
+        drawn = [(shape.colour, shape.kind, shape.position) for shape in shapes]
+        apart = tuple(position for *_, position in drawn) == _SIDES.get(where, (where,))
+        if apart and not set(drawn[1:] if pair and place else drawn) & set(HELD_OUT):
+            return Scene(background, shapes, size)
     raise ValueError(f"no room for {num_shapes} shapes with place={place!r} in bucket={bucket!r}")
 
 
@@ -400,12 +404,16 @@ def _refuse_other_shards(out: Path, config: SynthConfig) -> None:
             found = json.loads(path.read_text())["synthetic"]
         except (ValueError, KeyError, TypeError):
             raise UserError(f"{path}: not the statistics of drawn scenes; {remedy}") from None
-        wanted = config.model_dump(mode="json")
+        wanted = _facts(config)
         for key in sorted(found.keys() | wanted.keys()):
             if found.get(key) != wanted.get(key):
                 raise UserError(
                     f"{path}: drawn with {key}={found.get(key)!r}, asked for {key}={wanted.get(key)!r}; {remedy}"
                 )
+
+
+def _facts(config: SynthConfig) -> dict[str, Any]:
+    return {**config.model_dump(mode="json"), "drawing": _DRAWING}
 
 
 def _write_statistics(path: Path, config: SynthConfig, count: int) -> None:
@@ -415,7 +423,7 @@ def _write_statistics(path: Path, config: SynthConfig, count: int) -> None:
         "failed_to_download": 0,
         "failed_to_resize": 0,
         "status_dict": {"success": count},
-        "synthetic": config.model_dump(mode="json"),
+        "synthetic": _facts(config),
     }
     partial = path.with_name(f"{path.name}.tmp")
     partial.write_text(json.dumps(statistics, indent=1))

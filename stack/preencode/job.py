@@ -104,7 +104,7 @@ def preencode(config: PreencodeConfig) -> Manifest | None:
 def _mark(config: PreencodeConfig, source: ShardSet) -> str:
     """Fingerprint of all that decides an output byte."""
     values = config.model_dump(mode="json", exclude={"source", "out", "index"})
-    values["text"] = {key: getattr(config.text, key) for key in ("pad", "t5_max_tokens", "clip_tokens")}
+    values["text"] = config.text.form
     values["encoders"] = _encoders(config)
     values["source"] = source.fingerprint()
     values["compute"] = str(_compute_dtype())
@@ -256,9 +256,7 @@ def _write_manifest(config: PreencodeConfig, source: ShardSet, targets: list[Pat
     manifest = Manifest(
         source=source.fingerprint(),
         encoders=_encoders(config),
-        pad=config.text.pad,
-        t5_max_tokens=config.text.t5_max_tokens,
-        clip_tokens=config.text.clip_tokens,
+        **config.text.form,
         buckets=list(buckets_for(config.resolution).buckets),
         dtype=config.dtype,
         scale=codec.affine.scale,

@@ -97,7 +97,8 @@ def join(
     The context is (CLIP-L ‖ bigG by channel), zero-padded to `context_dim`, followed by T5, zero-padded likewise.
     `keep_*_B` are booleans (None: keep all); what is dropped is zeroed (SD3: each with p = .464, independently).
     A dropped caption must not show through its length: of T5 one masked-in token stays, of CLIP with both encoders
-    dropped two, as of an empty caption. Under `pad: full` all tokens stay, as in SD3.
+    dropped two, as of an empty caption. Under `pad: full` all tokens stay, as in SD3. CLIPs without tokens add nothing
+    to the context.
 
     Returns context [B, L_clip + L_t5, context_dim], mask [B, L_clip + L_t5], pooled [B, D_l + D_g].
     Raises ValueError where the widths don't fit.
@@ -117,8 +118,9 @@ def join(
     if clips:
         clip_BLD = torch.cat([_drop(clip_BLD, keep_B) for clip_BLD, keep_B in clips], dim=-1)
         keep_clip_B = torch.stack([keep_B for _, keep_B in clips]).any(dim=0)
-        contexts.append(_widen(clip_BLD, context_dim))
-        masks.append(_mask(batch.clip_length_B, keep_clip_B, _EMPTY_CLIP_TOKENS, clip_BLD.shape[1], batch.pad))
+        if clip_BLD.shape[1]:
+            contexts.append(_widen(clip_BLD, context_dim))
+            masks.append(_mask(batch.clip_length_B, keep_clip_B, _EMPTY_CLIP_TOKENS, clip_BLD.shape[1], batch.pad))
         parts = zip(pooled_BD.split(dims, dim=-1), clips, strict=True)
         pooled_BD = torch.cat([_drop(part_BD, keep_B) for part_BD, (_, keep_B) in parts], dim=-1)
     if batch.t5_BLD is not None:

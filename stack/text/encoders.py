@@ -50,6 +50,11 @@ class TextConfig(Config):
     pad: Pad = "trim"
     batch_size: int = pydantic.Field(default=64, ge=1)
 
+    @property
+    def form(self) -> dict[str, Any]:
+        """All that decides, beside the encoders, what is kept of a caption."""
+        return {key: getattr(self, key) for key in ("pad", "t5_max_tokens", "clip_tokens")}
+
     @pydantic.model_validator(mode="after")
     def _needs_a_clip(self) -> TextConfig:
         if self.clip_l is None and self.clip_g is None:

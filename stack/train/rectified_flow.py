@@ -87,7 +87,7 @@ class RectifiedFlow:
 
     @staticmethod
     def _check_widths(config: RectifiedFlowConfig, text: EncodedText) -> None:
-        clip = sum(t.shape[-1] for t in (text.clip_l, text.clip_g) if t is not None)
+        clip = sum(t.shape[-1] for t in (text.clip_l, text.clip_g) if t is not None and len(t))
         needed = max(clip, text.t5.shape[-1] if text.t5 is not None else 0)
         if config.model.context_dim < needed:
             raise UserError(f"objective.model.context_dim is {config.model.context_dim}, the captions need {needed}")

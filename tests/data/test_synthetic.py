@@ -19,6 +19,7 @@ from stack.data import synthetic
 from stack.data.synthetic import (
     BACKGROUNDS,
     COLOURS,
+    GRID,
     HELD_OUT,
     OUTLINES,
     PAIRS,
@@ -54,13 +55,7 @@ def test_colours_and_backgrounds_are_far_apart() -> None:
 
 
 def combinations(scene: Scene) -> list[tuple[str, str, str | None]]:
-    """(colour, kind, position) of each shape; of two, the side on which the other one doesn't lie."""
-    opposite = {"left": "right", "right": "left", "top": "bottom", "bottom": "top"}
-    shapes = scene.shapes
-    if len(shapes) == 1:
-        return [(shapes[0].colour, shapes[0].kind, shapes[0].position)]
-    side = {"left of": "left", "right of": "right", "above": "top", "below": "bottom"}[str(scene.relation)]
-    return [(shapes[0].colour, shapes[0].kind, side), (shapes[1].colour, shapes[1].kind, opposite[side])]
+    return [(shape.colour, shape.kind, shape.position) for shape in scene.shapes]
 
 
 def test_held_out_combinations_are_balanced_and_never_train() -> None:
@@ -108,12 +103,21 @@ def test_shapes_lie_whole_inside_and_apart(resolution: int) -> None:
             x, y, radius = shape.centre[0] * width, shape.centre[1] * height, shape.radius * resolution
             assert radius < x < width - radius
             assert radius < y < height - radius
-            assert 2 * radius * 32 / resolution >= 9
+            for length in (x, y, radius):
+                assert length * GRID / resolution == pytest.approx(round(length * GRID / resolution), abs=1e-9)
+            assert 2 * radius * GRID / resolution >= 12
             boxes.append((x, y, radius))
         if len(boxes) == 2:
             (x1, y1, r1), (x2, y2, r2) = boxes
-            assert max(abs(x1 - x2), abs(y1 - y2)) - r1 - r2 > 1.9 * resolution / 32
+            assert max(abs(x1 - x2), abs(y1 - y2)) - r1 - r2 >= 2 * resolution / GRID - 1e-9
             assert len({shape.colour for shape in scene.shapes}) == 2
+
+
+def test_a_square_on_the_grid_covers_whole_pixels() -> None:
+    covered = coverage("square", 16, 15, 6, (32, 32))
+    assert set(np.unique(covered)) == {0, 1}
+    assert covered[9:21, 10:22].all()
+    assert covered.sum() == 144
 
 
 @pytest.mark.parametrize("kind", OUTLINES)
@@ -305,6 +309,10 @@ def test_folder_with_other_shards_is_refused_and_left_alone(tmp_path: Path) -> N
     with pytest.raises(UserError, match=r"00000_stats\.json: drawn with seed=0, asked for seed=7"):
         write_shards(tmp_path / "ours", SynthConfig(num_samples=3, seed=7))
     assert (tmp_path / "ours" / "00000.tar").read_bytes() == before
+    statistics = tmp_path / "ours" / "00000_stats.json"
+    statistics.write_text(statistics.read_text().replace('"drawing": 2', '"drawing": 1'))
+    with pytest.raises(UserError, match=r"00000_stats\.json: drawn with drawing=1, asked for drawing=2"):
+        write_shards(tmp_path / "ours", SynthConfig(num_samples=3))
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "00000.tar").write_bytes(b"somebody's")
     with pytest.raises(UserError, match=r"00000\.tar: not a shard of drawn scenes"):

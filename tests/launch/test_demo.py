@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
+
+from launch.demo import Demo
 
 ROOT = Path(__file__).parents[2]
 
@@ -38,3 +43,30 @@ def test_the_demo_runs_through_and_skips_what_is_finished(stage, tmp_path):
     assert again.returncode == 0, again.stderr
     assert again.stderr.count("finished before, skipped") == len(stages)
     assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_a_stage_that_was_stopped_keeps_its_time_and_goes_on(stage, tmp_path, capsys):
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    arguments = ["data", "index", str(shards)]
+    with pytest.raises(SystemExit) as stopped:
+        Demo(tmp_path).stage("index", arguments, tmp_path / "index")
+    assert stopped.value.code == 2
+    before = json.loads((tmp_path / "stages.json").read_text())["index"]
+    assert not before["finished"]
+    assert before["seconds"] > 0
+    for path in stage.shards.glob("*"):
+        shutil.copy(path, shards)
+    Demo(tmp_path).stage("index", arguments, tmp_path / "index")
+    after = json.loads((tmp_path / "stages.json").read_text())["index"]
+    assert after["finished"]
+    assert after["seconds"] > before["seconds"]
+    capsys.readouterr()
+    Demo(tmp_path).stage("index", arguments, tmp_path / "index")
+    assert "index: finished before, skipped" in capsys.readouterr().err
+
+
+def test_a_number_is_measured_again_for_another_configuration(tmp_path):
+    numbers = iter((5, 7, 9))
+    for content, expected in (("a", 5), ("a", 5), ("b", 7), ("b", 7), ("a", 9)):
+        assert Demo(tmp_path).value("steps", content, lambda: next(numbers)) == expected

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -80,6 +81,8 @@ def test_without_clip_tokens_the_context_is_t5s_and_the_pooled_vector_stays(
     assert torch.equal(mask_BL.sum(1), lengths)
     assert torch.equal(context_BLD, both[0][:, -context_BLD.shape[1] :])
     assert torch.equal(pooled_BD, both[2])
+    narrow = [replace(text, t5=text.t5[:, :64]) for text in alone]  # type: ignore[index]
+    assert join(collate(narrow), 64)[0].shape[1:] == (lengths.max(), 64)  # narrower than the CLIPs, which don't enter
     dropped = join(collate(alone), 128, ~keep_B, None, None)
     assert torch.equal(dropped[1].sum(1), torch.where(keep_B, 1, lengths))
     with pytest.raises(UserError, match="clip_tokens=false without t5"):
