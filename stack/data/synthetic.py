@@ -50,11 +50,9 @@ RELATIONS: dict[str, tuple[int, int]] = {  # the direction from the second shape
     "above": (0, -1),
     "below": (0, 1),
 }
-_SIDES: dict[str, tuple[str, str]] = {  # the positions of the first shape and the second beside each other
-    "left of": ("left", "right"),
-    "right of": ("right", "left"),
-    "above": ("top", "bottom"),
-    "below": ("bottom", "top"),
+_POSITION_AT = {direction: word for word, direction in POSITIONS.items()}
+_SIDES = {  # the positions of the first shape and the second beside each other
+    word: (_POSITION_AT[x, y], _POSITION_AT[-x, -y]) for word, (x, y) in RELATIONS.items()
 }
 GRID = 32
 """Units of the mean side. Radii and centres are whole units, at resolution 32 whole pixels: outlines are crisp, and a
@@ -83,7 +81,7 @@ _JITTER = 1  # units: the most that a drawn centre strays from its place
 _MARGIN = 1  # units of free space between a shape and the image's edge
 _GAP = 2  # units: the least space between two shapes
 _OVERSAMPLING = 8
-_SIZES_OF_TWO = (("small", "small"), ("small", "large"), ("large", "small"))
+_SIZES_OF_TWO = (("small", "small"), ("small", "large"), ("large", "small"))  # two large ones have no room
 
 
 def _regular(num_points: int, *radii: float) -> np.ndarray:
@@ -149,7 +147,7 @@ def position_of(x: float, y: float) -> str | None:
     """The word for a centre (x, y in 0…1): the image is cut at 3/8 and 5/8 of each side into nine fields, of which the
     middle one and its four neighbours have a name; the corners have none."""
     direction = tuple(int(abs(offset) > BORDER) * int(math.copysign(1, offset)) for offset in (x - 0.5, y - 0.5))
-    return next((word for word, named in POSITIONS.items() if named == direction), None)
+    return _POSITION_AT.get((direction[0], direction[1]))
 
 
 def relation_of(first: tuple[float, float], second: tuple[float, float], size: tuple[int, int]) -> str | None:
