@@ -93,7 +93,7 @@ class Demo:
         return hashlib.sha256("\n".join((self._chain, *parts)).encode()).hexdigest()
 
     def _save(self) -> None:
-        from stack.log import publish
+        from stack.files import publish
 
         with publish(self.path) as temporary:
             temporary.write_text(json.dumps(self.done, indent=1))
@@ -190,7 +190,7 @@ def command(shards: str | None, out: Path, minutes: float | None, prompts: Path 
     from stack import config as configuration
     from stack.config import Config, UserError
     from stack.data.shards import index_shards
-    from stack.log import publish
+    from stack.files import publish
     from stack.preencode.job import PreencodeConfig
     from stack.train.recipe import TrainConfig
 
@@ -283,7 +283,7 @@ def _write_config(path: Path, base: Path, prompts: list[str]) -> None:
     """A configuration that adds the prompts to show, if any, to `base`."""
     import yaml
 
-    from stack.log import publish
+    from stack.files import publish
 
     preview = {"objective": {"preview": {"prompts": prompts}}} if prompts else {}
     with publish(path) as temporary:
@@ -293,7 +293,8 @@ def _write_config(path: Path, base: Path, prompts: list[str]) -> None:
 def _report(demo: Demo, autoencoder: Path, model: Path, ranks: int) -> None:
     from stack import config as configuration
     from stack.evaluate import report
-    from stack.log import publish, read_metrics
+    from stack.files import publish
+    from stack.log import read_metrics
     from stack.train.recipe import TrainConfig
 
     resolved = configuration.load(TrainConfig, model / "config.yaml")

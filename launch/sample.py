@@ -42,7 +42,7 @@ def command(
     from stack import dist
     from stack.config import UserError, validate
     from stack.evaluate.sample import load_sampler
-    from stack.log import publish
+    from stack.files import publish
     from stack.train.pictures import contact_sheet
     from stack.train.sampler import SamplerConfig
 

@@ -1,15 +1,10 @@
-"""Rank-0 console, `metrics.jsonl` (the truth) and wandb (its mirror).
-
-Also how every file of this stack is published: written under a temporary name, then renamed.
-"""
+"""Rank-0 console, `metrics.jsonl` (the truth) and wandb (its mirror)."""
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
 import os
-import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +15,7 @@ from pydantic import PositiveInt
 
 from stack import dist
 from stack.config import Config
+from stack.files import publish
 
 
 class LogConfig(Config):
@@ -35,35 +31,6 @@ def say(message: str) -> None:
         from rich.console import Console
 
         Console(stderr=True, highlight=False, soft_wrap=True).print(message, markup=False)
-
-
-@contextmanager
-def publish(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path`; on success it is renamed to `path` with mode 0644, else removed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-@contextmanager
-def lock(path: Path) -> Iterator[bool]:
-    """True if this process alone holds `path`; the kernel lets go of it when the process dies."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle = os.open(path, os.O_CREAT | os.O_RDWR, 0o644)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
-        yield True
-    finally:
-        os.close(handle)
 
 
 @contextmanager

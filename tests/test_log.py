@@ -5,7 +5,8 @@ import stat
 
 import pytest
 
-from stack.log import LogConfig, Metrics, progress, publish, read_metrics
+from stack.files import publish
+from stack.log import LogConfig, Metrics, progress, read_metrics
 
 
 def test_publish_is_all_or_nothing(tmp_path):

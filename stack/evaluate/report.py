@@ -7,7 +7,8 @@ import io
 from pathlib import Path
 from typing import Any
 
-from stack.log import publish, read_metrics
+from stack.files import publish
+from stack.log import read_metrics
 from stack.train import snapshot
 
 MAX_SHEETS = 8

@@ -14,7 +14,8 @@ from stack.config import UserError, validate
 from stack.data.synthetic import evaluation_prompts, prompt
 from stack.evaluate.sample import load_sampler
 from stack.evaluate.scenes import judge, shares
-from stack.log import publish, say
+from stack.files import publish
+from stack.log import say
 from stack.train import loop, recipe, snapshot
 from stack.train.pictures import contact_sheet
 from stack.train.recipe import TrainConfig

@@ -14,8 +14,8 @@ from stack import config as configuration
 from stack import dist
 from stack.config import UserError
 from stack.data.dataset import ImageData, ImageDataset
+from stack.files import publish
 from stack.flow.noise import NoisePlan
-from stack.log import publish
 from stack.train import autoencoder, snapshot
 from stack.train.autoencoder import AutoencoderConfig
 from stack.train.recipe import TrainConfig

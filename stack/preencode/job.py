@@ -34,7 +34,8 @@ from stack.data.schema import (
     to_bytes,
 )
 from stack.data.shards import ShardReader, ShardSet, index_shards
-from stack.log import lock, progress, publish, say
+from stack.files import lock, publish
+from stack.log import progress, say
 from stack.preencode.writer import ShardWriter, stats_path, sweep
 from stack.text.encoders import TextConfig, TextEncoders, fingerprints
 

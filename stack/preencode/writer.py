@@ -17,7 +17,7 @@ import webdataset
 
 from stack.data.schema import EncodedSample, sample_to_bytes
 from stack.data.shards import index_shards
-from stack.log import publish
+from stack.files import publish
 
 
 class ShardWriter:

@@ -25,7 +25,8 @@ from torch import Tensor
 
 from stack import dist
 from stack.config import Config, UserError
-from stack.log import publish, say
+from stack.files import publish
+from stack.log import say
 from stack.parallel.ema import Ema
 from stack.parallel.engine import Engine, Range, moments
 from stack.train.schedule import Span

@@ -21,8 +21,9 @@ from stack.config import UserError
 from stack.data.dataset import ShardData
 from stack.data.plan import check_division
 from stack.data.safety import RejectLog
+from stack.files import lock, publish
 from stack.flow.noise import NoisePlan
-from stack.log import Metrics, lock, progress, publish, say
+from stack.log import Metrics, progress, say
 from stack.parallel import engine as engines
 from stack.parallel.ema import Ema
 from stack.train import snapshot

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from stack.config import UserError
-from stack.log import publish
+from stack.files import publish
 
 
 class Snapshot(NamedTuple):

@@ -21,7 +21,7 @@ from stack.data.dataset import LatentData, LatentDataset
 from stack.data.images import decode_image, to_bucket
 from stack.data.schema import load_manifest, sample_from_bytes
 from stack.data.shards import ShardReader, ShardSet, index_shards
-from stack.log import lock
+from stack.files import lock
 from stack.text.encoders import TextConfig, TextEncoders
 
 ROOT = Path(__file__).parents[2]
