@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import click
+
+
+def _folders(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Options of the commands that read shards."""
+    for name, parameter, text in (
+        ("--index", "folder", "Folder for the shards' indices; beside the shards if not given."),
+        ("--cache", "cache", "Folder for copies of remote shards; in the system's temporary folder if not given."),
+    ):
+        command = click.option(name, parameter, type=click.Path(path_type=Path), help=text)(command)
+    return command
 
 
 @click.group("data")
@@ -41,20 +53,23 @@ def synth(out: Path, overrides: tuple[str, ...]) -> None:
 
 @command.command()
 @click.argument("shards")
-@click.option(
-    "--cache", type=click.Path(path_type=Path), help="Folder for the indices; beside the shards if not given."
-)
-def index(shards: str, cache: Path | None) -> None:
-    """Index SHARDS (a folder, a .tar or a glob) and say what is in them."""
+@_folders
+def index(shards: str, folder: Path | None, cache: Path | None) -> None:
+    """Index SHARDS (a folder, a .tar, a glob or a URL) and say what is in them.
+
+    Shards that changed since they were indexed are indexed again.
+    """
+    from stack.data.remote import CacheConfig, ShardCache
+    from stack.data.safety import redact
     from stack.data.shards import find_shards, index_shards
     from stack.log import progress
 
     with progress("index", len(find_shards(shards)), "shard") as advance:
-        indices = index_shards(shards, cache, lambda done, total: advance(1))
+        indices = index_shards(shards, folder, ShardCache(CacheConfig(dir=cache)), True, lambda done, total: advance(1))
     for found in indices:
         problems = "".join(f"\n  {r.key}: {r.reason}" for r in found.rejected)
         damage = f"\n  {found.damage}" if found.damage else ""
-        click.echo(f"{found.path}: {len(found):,} samples, {len(found.rejected)} left out{damage}{problems}")
+        click.echo(f"{redact(found.url)}: {len(found):,} samples, {len(found.rejected)} left out{damage}{problems}")
     click.echo(f"{sum(map(len, indices)):,} samples in {len(indices)} shards")
 
 

@@ -20,5 +20,4 @@ def command(config: Path, overrides: tuple[str, ...]) -> None:
 
     resolved = configuration.load(PreencodeConfig, config, overrides)
     manifest = preencode(resolved)
-    if manifest is not None:
-        click.echo(f"{resolved.out}: {manifest.samples:,} samples, {manifest.rejected:,} left out")
+    click.echo(f"{resolved.out}: {manifest.samples:,} samples, {manifest.rejected:,} left out")

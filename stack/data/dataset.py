@@ -1,4 +1,4 @@
-"""Map-style data sets over indexed shards. An item is addressed by a `Draw` (step, position, sample id) of the plan.
+"""Map-style data sets over indexed shards. An item is a micro-batch, addressed by the `Draw`s of the plan.
 
 Shapes: B batch · C channels · H W height, width (pixels of an image, or positions of a latent).
 """
@@ -6,28 +6,33 @@ Shapes: B batch · C channels · H W height, width (pixels of an image, or posit
 from __future__ import annotations
 
 import signal
-import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from stack import dist
 from stack.config import Config, UserError
-from stack.data.buckets import BucketRule, buckets_for
+from stack.data import latents, safety
+from stack.data.buckets import BucketConfig, BucketRule, unfilled
 from stack.data.images import decode_image, to_bucket
-from stack.data.plan import BatchPlan, Draw, StepSampler
+from stack.data.plan import WINDOW, BatchPlan, Draw, Rows, StepSampler
+from stack.data.remote import CacheConfig, ShardCache
 from stack.data.safety import DecodeError, Rejected, RejectLog
-from stack.data.schema import EncodedSample, load_manifest, sample_from_bytes
+from stack.data.schema import load_manifest
 from stack.data.shards import ShardReader, ShardSet, index_shards
 from stack.log import say
-from stack.text.conditioning import TextBatch, collate
+from stack.text.conditioning import TextBatch
+
+Mixture = str | dict[str, PositiveFloat]
+"""One data set, or several with their weights."""
 
 
 class DataConfig(Config):
@@ -35,26 +40,34 @@ class DataConfig(Config):
 
     batch_size: PositiveInt = 64
     """Global: over all ranks and micro-batches."""
+    window: PositiveInt = WINDOW
+    """About how many samples are permuted among each other, a few shards' worth: they are read in one go."""
     validation_share: float = Field(default=0.03, ge=0, lt=1)
     """Samples held out for validation, chosen by a hash of their key; at most max_validation."""
     max_validation: NonNegativeInt = 512
+    max_rejected: float = Field(default=0.05, ge=0, le=1)
+    """Share of the samples that may be broken; above it the run stops."""
     workers: NonNegativeInt = 0
     """Loader processes a rank."""
+    index: Path | None = None
+    """Folder for the shards' indices; beside the shards if not given."""
+    cache: CacheConfig = CacheConfig()
+    """Where remote shards are kept on this node."""
 
 
 class LatentData(DataConfig):
     kind: Literal["latents"] = "latents"
-    path: Path
-    """Folder of a finished `mmdit preencode`."""
+    path: Mixture
+    """Folder or URL of a finished `mmdit preencode`, or several with weights: {runs/a: 0.7, runs/b: 0.3}."""
+    captions: dict[str, PositiveFloat] | None = None
+    """Weights of the captions that pre-encoding kept, by name; all alike if not given."""
 
 
 class ImageData(DataConfig):
     kind: Literal["images"] = "images"
-    source: str
-    """Raw shards: a folder, a .tar or a glob."""
-    index: Path | None = None
-    """Folder for the shards' indices; beside the shards if not given."""
-    resolution: PositiveInt = 32
+    source: Mixture
+    """Raw shards: a folder, a .tar, a glob or a URL; or several with weights."""
+    buckets: BucketConfig = BucketConfig(resolution=32)
 
 
 @dataclass
@@ -87,54 +100,121 @@ class ImageBatch:
         return replace(self, image_BCHW=self.image_BCHW.to(device))
 
 
-class Item(NamedTuple):
-    draw: Draw
-    key: str
-    value: Any
-
-
 def _leave_signals_to_the_rank(worker: int) -> None:
     """A cluster signals every process of a step; a worker that died of it would take the agreed save with it."""
     for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 
 
-class ShardData(Dataset):
-    """Shards with their plan: training samples and a held-out share for validation."""
+class _Table:
+    """The training samples of one data set, as the plan asks for them. `shards` are its own of the set's."""
 
-    def __init__(self, shards: ShardSet, buckets: np.ndarray, lengths: np.ndarray, config: DataConfig, seed: int):
-        self.shards = shards
-        self._reader = ShardReader(shards.indices)
+    def __init__(
+        self,
+        samples: ShardSet,
+        shards: range,
+        bucket_of: Callable[[np.ndarray, np.ndarray], np.ndarray],
+        num_buckets: int,
+        held_out: np.ndarray,
+        weight: float | None,
+        caption_weights: Sequence[float],
+    ) -> None:
+        self._samples, self._shards, self._bucket_of, self._held_out = samples, shards, bucket_of, held_out
+        self.weight, self.caption_weights = weight, caption_weights
+        self.counts = np.zeros((len(shards), num_buckets), np.int64)
+        for number, shard in enumerate(shards):
+            sizes = samples.indices[shard].sizes
+            if sizes is None:
+                index = samples.index(shard)
+                self.counts[number] = np.bincount(bucket_of(index.width, index.height), minlength=num_buckets)
+            elif sizes:
+                width, height = np.array(list(sizes), np.int64).T
+                np.add.at(self.counts[number], bucket_of(width, height), list(sizes.values()))
+        for sample in held_out.tolist():
+            shard, row = samples.locate(sample)
+            if shard in shards:
+                self.counts[shard - shards.start, self._bucket(shard, slice(row, row + 1))] -= 1
+
+    def rows(self, shard: int) -> Rows:
+        shard += self._shards.start
+        start, stop = self._samples.starts[shard : shard + 2].tolist()
+        first, last = np.searchsorted(self._held_out, (start, stop))
+        kept = np.delete(np.arange(stop - start), self._held_out[first:last] - start)
+        return Rows(start + kept, self._bucket(shard, kept), self._samples.index(shard).caption_length[kept])
+
+    def _bucket(self, shard: int, rows: Any) -> np.ndarray:
+        index = self._samples.index(shard)
+        return self._bucket_of(index.width[rows], index.height[rows])
+
+
+class ShardData(Dataset):
+    """Shards with their plan: training samples and a held-out share for validation.
+
+    sides: (width, height) of the buckets, in pixels.
+    """
+
+    sides: Sequence[tuple[int, int]]
+
+    def __init__(
+        self,
+        config: DataConfig,
+        seed: int,
+        sources: Mapping[str, float | None],
+        caption_weights: Sequence[float],
+        check: Callable[[str, ShardSet], None],
+    ):
         self.config = config
-        names = (key for index in shards.indices for key in index.keys.tolist())
-        hashes = np.array([zlib.crc32(name.encode(errors="surrogateescape")) for name in names], dtype=np.int64)
-        lowest = np.argsort(hashes, kind="stable")[: config.max_validation]
-        chosen = lowest[hashes[lowest] < int(config.validation_share * 2**32)]
-        self._validation = chosen[np.argsort(buckets[chosen], kind="stable")]
-        self._held_out = np.zeros(shards.num_samples, dtype=bool)
-        self._held_out[chosen] = True
-        self._train = np.flatnonzero(~self._held_out)
-        if len(self._train) == 0:
-            raise UserError("data: no training samples; check the shards, or lower data.validation_share")
-        self._buckets = buckets
-        self.plan = BatchPlan(buckets[self._train], lengths[self._train], config.batch_size, seed)
+        self._cache = ShardCache(config.cache)
+        sets = {}
+        for source in sources:
+            sets[source] = ShardSet(index_shards(source, config.index, self._cache))
+            check(source, sets[source])
+        self.shards = ShardSet([index for one in sets.values() for index in one.indices])
+        self._refuse_many_rejected(self.shards)
+        self._reader = ShardReader(self.shards.indices, self._cache)
+        held_out = self.shards.lowest_hashes(config.max_validation, int(config.validation_share * 2**32))
+        tables, first = [], 0
+        for source, weight in sources.items():
+            own = range(first, first + len(sets[source].indices))
+            first = own.stop
+            table = _Table(self.shards, own, self._bucket_of, len(self.sides), held_out, weight, caption_weights)
+            if not table.counts.any():
+                raise UserError(
+                    f"{safety.redact(source)}: no training samples; check the shards, or lower data.validation_share"
+                )
+            tables.append(table)
+        self._held_out = frozenset(held_out.tolist())
+        self._validation = sorted(held_out.tolist(), key=lambda sample: (self._bucket(sample), sample))
+        self._tables = tables
+        self.plan = BatchPlan(tables, config.batch_size, seed, config.window)
+        counts = sum(table.counts.sum(0) for table in tables)
+        for line in unfilled(counts.tolist(), config.batch_size, BucketRule(buckets=tuple(self.sides))):
+            say(line)
+
+    def _bucket_of(self, width: np.ndarray, height: np.ndarray) -> np.ndarray:
+        """Index into `sides` of samples of these sizes, as their shards' indices tell them."""
+        raise NotImplementedError
+
+    def _batch(self, draws: Sequence[Draw]) -> Any:
+        raise NotImplementedError
+
+    def _bucket(self, sample: int) -> int:
+        shard, row = self.shards.locate(sample)
+        index = self.shards.index(shard)
+        return int(self._bucket_of(index.width[row : row + 1], index.height[row : row + 1])[0])
+
+    def _refuse_many_rejected(self, shards: ShardSet) -> None:
+        broken = [rejected for index in shards.indices for rejected in index.rejected]
+        check_budget(broken, shards.num_samples + len(broken), self.config.max_rejected)
 
     @property
     def num_samples(self) -> int:
         """Training samples, an epoch."""
-        return len(self._train)
+        return self.plan.num_samples
 
-    def _load(self, sample: int) -> Any:
-        raise NotImplementedError
-
-    def _item(self, draw: Draw, sample: int) -> Item:
-        return Item(draw, self.shards.key(sample), self._load(sample))
-
-    def collate(self, items: Sequence[Item]) -> Any:
-        raise NotImplementedError
-
-    def __getitem__(self, draw: Draw) -> Item:
-        return self._item(draw, int(self._train[draw.sample_id]))
+    def __getitems__(self, draws: Sequence[Draw]) -> Any:
+        """One micro-batch (torch's loader asks for the samples of a batch at once)."""
+        return self._batch(draws)
 
     def loader(self, start: int, stop: int, rank: int, world: int, micro_batches: int) -> Iterable[Any]:
         """This rank's micro-batches of steps start…stop, `micro_batches` a step."""
@@ -142,7 +222,7 @@ class ShardData(Dataset):
         return DataLoader(
             self,
             batch_sampler=sampler,
-            collate_fn=self.collate,
+            collate_fn=_as_it_is,
             num_workers=self.config.workers,
             worker_init_fn=_leave_signals_to_the_rank,
         )
@@ -151,41 +231,85 @@ class ShardData(Dataset):
         """The held-out samples in a fixed order, batches of one bucket; positions count over the whole set."""
         start = 0
         while start < len(self._validation):
-            bucket = self._buckets[self._validation[start]]
+            bucket = self._bucket(self._validation[start])
             stop = start + 1
-            while (
-                stop < min(start + batch_size, len(self._validation))
-                and self._buckets[self._validation[stop]] == bucket
-            ):
+            while stop < min(start + batch_size, len(self._validation)):
+                if self._bucket(self._validation[stop]) != bucket:
+                    break
                 stop += 1
-            yield self.collate([self._item(Draw(0, i, i), int(self._validation[i])) for i in range(start, stop)])
+            yield self._batch([Draw(0, at, self._validation[at], 0) for at in range(start, stop)])
             start = stop
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+def check_budget(broken: Sequence[Rejected], total: int, most: float) -> None:
+    """UserError where more than a share of `most` of `total` samples is broken."""
+    if len(broken) > most * total:
+        kinds = Counter(rejected.reason.partition(":")[0] for rejected in broken).most_common(3)
+        named = ", ".join(f"{count:,} × {kind}" for kind, count in kinds)
+        raise UserError(
+            f"data: {len(broken):,} of {total:,} samples are broken ({named}), more than max_rejected = {most:g}: "
+            "look at them with `mmdit data lint`, mend the shards or raise max_rejected"
+        )
+
+
+def weights_of(mixture: Mixture) -> Mapping[str, float | None]:
+    return {mixture: None} if isinstance(mixture, str) else mixture
 
 
 class LatentDataset(ShardData):
     """Pre-encoded samples."""
 
     def __init__(self, config: LatentData, seed: int):
-        self.folder = config.path
-        self.manifest = load_manifest(config.path)
-        shards = ShardSet(index_shards(config.path))
-        self.manifest.check_shards(config.path, {index.path.name: len(index) for index in shards.indices})
+        sources = weights_of(config.path)
+        self.folder = next(iter(sources))
+        manifests = {folder: load_manifest(folder) for folder in sources}
+        self.manifest = manifests[self.folder]
+        for folder, manifest in manifests.items():
+            self.manifest.check_alike(self.folder, folder, manifest)
+        self.sides = sorted({side for manifest in manifests.values() for side in manifest.buckets})
         factor = self.manifest.latent_factor
-        sides = [(width // factor, height // factor) for width, height in self.manifest.buckets]
-        buckets = np.array([sides.index((w, h)) for w, h in zip(shards.width, shards.height, strict=True)])
-        super().__init__(shards, buckets, shards.caption_length, config, seed)
+        known = {(width // factor, height // factor): at for at, (width, height) in enumerate(self.sides)}
+        self._codes = np.array(sorted((w << 32) + h for w, h in known), np.int64)
+        self._of_code = np.array([known[code >> 32, code & (2**32 - 1)] for code in self._codes.tolist()])
 
-    def _load(self, sample: int) -> EncodedSample:
-        return sample_from_bytes(self._reader.read(*self.shards.locate(sample), "safetensors"))
+        def check(folder: str, shards: ShardSet) -> None:
+            manifests[folder].check_shards(folder, {index.name: len(index) for index in shards.indices})
 
-    def collate(self, items: Sequence[Item]) -> LatentBatch:
+        super().__init__(config, seed, sources, self._caption_weights(config), check)
+
+    def _caption_weights(self, config: LatentData) -> list[float]:
+        names = self.manifest.captions
+        if config.captions is None:
+            return [1.0] * len(names)
+        for name in config.captions:
+            if name not in names:
+                raise UserError(f"data.captions: {self.folder} has no caption {name!r}, it has {', '.join(names)}")
+        return [config.captions.get(name, 0.0) for name in names]
+
+    def _bucket_of(self, width: np.ndarray, height: np.ndarray) -> np.ndarray:
+        codes = (width.astype(np.int64) << 32) + height
+        at = np.minimum(np.searchsorted(self._codes, codes), len(self._codes) - 1)
+        if not (self._codes[at] == codes).all():
+            odd = int(np.flatnonzero(self._codes[at] != codes)[0])
+            raise UserError(
+                f"data.path: a latent of {width[odd]}×{height[odd]} cells is in none of the manifest's buckets"
+            )
+        return self._of_code[at]
+
+    def _batch(self, draws: Sequence[Draw]) -> LatentBatch:
+        places = [(*self.shards.locate(draw.sample_id), draw.caption) for draw in draws]
+        tensors = latents.read(self._reader, places)
         return LatentBatch(
-            step=items[0].draw.step,
-            positions=[item.draw.position for item in items],
-            keys=[item.key for item in items],
-            mean_BCHW=torch.stack([item.value.latent_mean for item in items]),
-            logvar_BCHW=torch.stack([item.value.latent_logvar for item in items]),
-            text=collate([item.value.text for item in items], self.manifest.pad),
+            step=draws[0].step,
+            positions=[draw.position for draw in draws],
+            keys=[self.shards.indices[shard].key(row) for shard, row, _ in places],
+            mean_BCHW=tensors["latent_mean"],
+            logvar_BCHW=tensors["latent_logvar"],
+            text=latents.text_batch(tensors, self.manifest.pad),
         )
 
 
@@ -194,50 +318,59 @@ class ImageDataset(ShardData):
 
     def __init__(self, config: ImageData, seed: int, rejected: RejectLog | None = None):
         self._log = rejected
-        self._listed: set[tuple[str, str]] = set()
-        shards = ShardSet(index_shards(config.source, config.index))
-        if dist.rank() == 0:
-            for index in shards.indices:
-                for broken in index.rejected:
-                    self._reject(index.path.name, broken)
-        self._rule: BucketRule = buckets_for(config.resolution)
+        self._listed: dict[tuple[str, str], Rejected] = {}
+        self._rule = config.buckets.rule()
         self.sides = self._rule.buckets
-        if not shards.width.all() or any("safetensors" in index.lengths for index in shards.indices):
-            raise UserError(f"data.source: {config.source} holds pre-encoded shards; name raw ones")
-        buckets = self._rule.assign(shards.width, shards.height)
-        super().__init__(shards, buckets, np.zeros(len(buckets), np.int64), config, seed)
+
+        def check(source: str, shards: ShardSet) -> None:
+            if any(index.encoded for index in shards.indices):
+                raise UserError(f"data.source: {safety.redact(source)} holds pre-encoded shards; name raw ones")
+            if dist.rank() == 0:
+                for index in shards.indices:
+                    for broken in index.rejected:
+                        self._reject(index.name, broken)
+
+        super().__init__(config, seed, weights_of(config.source), [1.0], check)
+
+    def _bucket_of(self, width: np.ndarray, height: np.ndarray) -> np.ndarray:
+        return self._rule.assign(width, height)
 
     def _load(self, sample: int) -> Tensor:
         """[3, H, W] in −1…1. An image whose pixels are broken is listed, and the next one of its bucket stands in."""
-        for candidate in self._candidates(sample):
+        bucket = self._bucket(sample)
+        for candidate in self._candidates(sample, bucket):
             shard, row = self.shards.locate(candidate)
-            index = self.shards.indices[shard]
+            index = self.shards.index(shard)
             try:
                 image = decode_image(self._reader.read(shard, row, index.image_extension(row)))
             except DecodeError as error:
-                self._reject(index.path.name, Rejected(str(index.keys[row]), str(error)))
+                self._reject(index.name, Rejected(index.key(row), str(error)))
+                total = self.shards.num_samples + sum(len(index.rejected) for index in self.shards.indices)
+                check_budget(list(self._listed.values()), total, self.config.max_rejected)
                 continue
-            pixels = to_bucket(image, self._rule.buckets[self._buckets[sample]])
+            pixels = to_bucket(image, self.sides[bucket])
             return torch.from_numpy(pixels).permute(2, 0, 1).float() / 127.5 - 1
-        raise UserError(f"{self.shards.indices[0].path.parent}: not one image of a bucket can be decoded")
+        raise UserError(f"{self.shards.indices[0].url}: not one image of a bucket can be decoded")
 
-    def _candidates(self, sample: int) -> Iterator[int]:
+    def _candidates(self, sample: int, bucket: int) -> Iterator[int]:
+        """The sample, then those of its bucket that follow it, in its own half: training or held out."""
         yield sample
-        same_half = self._held_out == self._held_out[sample]
-        alike = np.flatnonzero((self._buckets == self._buckets[sample]) & same_half)
-        yield from np.roll(alike, -int(np.searchsorted(alike, sample)) - 1).tolist()
+        held_out = sample in self._held_out
+        for other in (*range(sample + 1, self.shards.num_samples), *range(sample)):
+            if (other in self._held_out) == held_out and self._bucket(other) == bucket:
+                yield other
 
     def _reject(self, shard: str, rejected: Rejected) -> None:
         if (shard, rejected.key) not in self._listed:
-            self._listed.add((shard, rejected.key))
+            self._listed[shard, rejected.key] = rejected
             if self._log is not None:
                 self._log.add(shard, rejected.key, rejected.reason)
             say(f"{shard}: {rejected.key}: {rejected.reason}: left out")
 
-    def collate(self, items: Sequence[Item]) -> ImageBatch:
+    def _batch(self, draws: Sequence[Draw]) -> ImageBatch:
         return ImageBatch(
-            step=items[0].draw.step,
-            positions=[item.draw.position for item in items],
-            keys=[item.key for item in items],
-            image_BCHW=torch.stack([item.value for item in items]),
+            step=draws[0].step,
+            positions=[draw.position for draw in draws],
+            keys=[self.shards.key(draw.sample_id) for draw in draws],
+            image_BCHW=torch.stack([self._load(draw.sample_id) for draw in draws]),
         )

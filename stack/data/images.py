@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import IO
+
 import numpy as np
 from PIL import Image
 
@@ -25,7 +27,7 @@ _UPRIGHT = {
 _SWAPS_SIDES = {5, 6, 7, 8}
 
 
-def image_size(data: bytes) -> tuple[int, int]:
+def image_size(data: bytes | IO[bytes]) -> tuple[int, int]:
     """(width, height) that `decode_image` gives, from the header alone. Raises DecodeError."""
     image = open_image(data)
     width, height = image.size

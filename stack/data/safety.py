@@ -9,9 +9,8 @@ from __future__ import annotations
 import io
 import json
 import re
-import struct
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 from PIL import Image
 
@@ -21,7 +20,6 @@ IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 FORBIDDEN_EXTENSIONS = frozenset({"pyd", "pkl", "pickle", "pth", "pt"})
 MAX_PIXELS = 64 * 2**20
 _IMAGE_FORMATS = ("JPEG", "PNG", "WEBP")
-_MAX_SAFETENSORS_HEADER = 100_000_000  # the format's own limit
 
 
 class DecodeError(ValueError):
@@ -52,11 +50,23 @@ class RejectLog:
 
 def check_source(source: str) -> None:
     """Raise UserError if `source`, a path or URL of shards, asks for a pipe, a chained URL or shell expansion."""
+    shown = repr(redact(source))
     if source.startswith("pipe:"):
-        raise UserError(f"{source!r}: pipe: runs a shell and is refused; name a file, a folder or a URL")
+        raise UserError(f"{shown}: pipe: runs a shell and is refused; name a file, a folder or a URL")
     for token in ("::", "${", "$(", "`"):
         if token in source:
-            raise UserError(f"{source!r}: {token!r} is not expanded here; write the path or URL out")
+            raise UserError(f"{shown}: {token!r} is not expanded here; write the path or URL out")
+
+
+def redact(text: str) -> str:
+    """`text` without the user names, passwords and query strings of its URLs, for messages and logs.
+
+    >>> redact("https://user:pw@host/a.tar?X-Amz-Signature=abc is gone")
+    'https://***@host/a.tar?*** is gone'
+    """
+    text = re.sub(r"(?<=://)[^\s/?#]*@", "***@", text)
+    # A query may hold any character but white space, so quotes and brackets right behind it are lost with it.
+    return re.sub(r"(://[^\s?]*\?)\S+", r"\1***", text)
 
 
 def split_name(name: str) -> tuple[str, str]:
@@ -79,14 +89,14 @@ def refuse_name(name: str) -> str:
     return f"forbidden member: .{extension} can run code" if extension in FORBIDDEN_EXTENSIONS else ""
 
 
-def open_image(data: bytes) -> Image.Image:
-    """Read an image's header, not its pixels.
+def open_image(data: bytes | IO[bytes]) -> Image.Image:
+    """Read the header of an image, given as bytes or as an open file, not its pixels.
 
     Raises DecodeError on another format than JPEG, PNG or WebP, whatever the extension says, and above `MAX_PIXELS`
     (Pillow only warns up to 179 megapixels).
     """
     try:
-        image = Image.open(io.BytesIO(data), formats=_IMAGE_FORMATS)
+        image = Image.open(io.BytesIO(data) if isinstance(data, bytes) else data, formats=_IMAGE_FORMATS)
     except Exception as error:  # Pillow's plugins raise nearly anything on hostile bytes
         raise DecodeError(f"image not readable: {_say(error)}") from error
     if image.width * image.height > MAX_PIXELS:
@@ -103,33 +113,6 @@ def read_caption(data: bytes) -> str:
     if not caption:
         raise DecodeError("empty caption")
     return caption
-
-
-def read_safetensors_shapes(head: bytes, size: int) -> dict[str, tuple[int, ...]]:
-    """Name → shape of a safetensors member of `size` bytes, from its first bytes.
-
-    `head` holds the header at least: 8 bytes of length N, then N bytes of JSON. Raises DecodeError if the header is
-    broken or the tensors do not fill the member to its last byte.
-    """
-    try:
-        (length,) = struct.unpack("<Q", head[:8])
-        header = json.loads(head[8 : 8 + length])
-        tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
-        shapes = {name: tuple(map(int, entry["shape"])) for name, entry in tensors.items()}
-        end = 8 + length + max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
-    except Exception as error:
-        raise DecodeError(f"safetensors not readable: {_say(error)}") from None
-    if not all(0 <= side < 2**31 for shape in shapes.values() for side in shape):
-        raise DecodeError(f"safetensors not readable: shapes {shapes}")
-    if end != size:
-        raise DecodeError(f"safetensors not readable: header tells of {end} bytes, the member has {size}")
-    return shapes
-
-
-def safetensors_header_size(head: bytes) -> int:
-    """Bytes to read for `read_safetensors_shapes`, from a member's first 8."""
-    length = int.from_bytes(head[:8], "little")
-    return 8 + min(length, _MAX_SAFETENSORS_HEADER)
 
 
 def _say(error: Exception) -> str:

@@ -1,13 +1,16 @@
 """The sample contract of pre-encoded shards, and the manifest that says what made them.
 
-A sample is KEY.safetensors (latent_mean, latent_logvar [C, h, w]; t5, clip_l, clip_g [L, D]; pooled [D]) and KEY.json.
+A sample is KEY.safetensors (latent_mean, latent_logvar [C, h, w]; t5, clip_l, clip_g [L, D]; pooled [D]) and KEY.json
+(caption; width, height of the original; bucket [width, height] and crop [left, top] in pixels of the resized image).
 L is the caption's true length, 0 for CLIP under `text.clip_tokens: false`. Moments are stored: the latent is drawn
-late, scale and shift are applied late.
+late, scale and shift are applied late. Of several captions the second's tensors are t5.1, clip_l.1, …, pooled.1, and so
+on. T5 kept in float8 has a float32 scale for each token beside it, t5_scale [L].
 """
 
 from __future__ import annotations
 
 import base64
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -16,21 +19,25 @@ import torch
 from torch import Tensor
 
 from stack.config import Config, UserError, validate
+from stack.data import remote
+from stack.data.safety import redact
 from stack.text.conditioning import EncodedText
 
 if TYPE_CHECKING:
     from stack.text.encoders import TextConfig
 
-VERSION = 2
+VERSION = 3
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 MANIFEST = "manifest.json"
+T5Dtype = Literal["float8"] | None
 
 
 @dataclass
 class EncodedSample:
     latent_mean: Tensor
     latent_logvar: Tensor
-    text: EncodedText
+    texts: list[EncodedText | None]
+    """One a caption; None for a caption that the sample lacks, never the first."""
 
 
 def text_tensors(text: EncodedText) -> dict[str, Tensor]:
@@ -38,10 +45,23 @@ def text_tensors(text: EncodedText) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in named.items() if tensor is not None}
 
 
-def to_bytes(tensors: dict[str, Tensor], dtype: torch.dtype) -> bytes:
+def to_bytes(tensors: dict[str, Tensor], dtype: torch.dtype, t5_dtype: T5Dtype = None) -> bytes:
+    """A safetensors file of `tensors` in `dtype`, T5 in `t5_dtype` if given."""
     from safetensors.torch import save
 
-    return save({name: tensor.to(dtype).contiguous() for name, tensor in tensors.items()})
+    stored: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if t5_dtype == "float8" and name.partition(".")[0] == "t5":
+            stored[name], stored[name.replace("t5", "t5_scale", 1)] = to_float8(tensor)
+        else:
+            stored[name] = tensor.to(dtype).contiguous()
+    return save(stored)
+
+
+def to_float8(embedding_LD: Tensor) -> tuple[Tensor, Tensor]:
+    """(float8 e4m3 [L, D], float32 scale [L]): each token is scaled so that its largest channel is float8's largest."""
+    scale_L = embedding_LD.float().abs().amax(-1).clamp_min(1e-12) / torch.finfo(torch.float8_e4m3fn).max
+    return (embedding_LD.float() / scale_L[:, None]).to(torch.float8_e4m3fn).contiguous(), scale_L
 
 
 def text_from(tensors: dict[str, Tensor]) -> EncodedText:
@@ -50,16 +70,13 @@ def text_from(tensors: dict[str, Tensor]) -> EncodedText:
     )
 
 
-def sample_to_bytes(sample: EncodedSample, dtype: torch.dtype) -> bytes:
-    latent = {"latent_mean": sample.latent_mean, "latent_logvar": sample.latent_logvar}
-    return to_bytes({**latent, **text_tensors(sample.text)}, dtype)
-
-
-def sample_from_bytes(data: bytes) -> EncodedSample:
-    from safetensors.torch import load
-
-    tensors = load(data)
-    return EncodedSample(tensors["latent_mean"], tensors["latent_logvar"], text_from(tensors))
+def sample_to_bytes(sample: EncodedSample, dtype: torch.dtype, t5_dtype: T5Dtype = None) -> bytes:
+    tensors = {"latent_mean": sample.latent_mean, "latent_logvar": sample.latent_logvar}
+    for number, text in enumerate(sample.texts):
+        if text is not None:
+            suffix = f".{number}" if number else ""
+            tensors |= {name + suffix: tensor for name, tensor in text_tensors(text).items()}
+    return to_bytes(tensors, dtype, t5_dtype)
 
 
 class ShardRecord(Config):
@@ -81,6 +98,10 @@ class Manifest(Config):
     buckets: list[tuple[int, int]]
     """(width, height) in pixels."""
     dtype: Literal["bfloat16", "float32"]
+    t5_dtype: T5Dtype
+    """float8: T5 has a scale a token; else it is kept in `dtype`."""
+    captions: list[str]
+    """Names of the captions that a sample has, in the order of their numbers."""
     scale: float
     shift: float
     latent_channels: int
@@ -101,41 +122,56 @@ class Manifest(Config):
 
         return text_from(load(base64.b64decode(self.empty_caption)))
 
-    def check(self, folder: Path, encoders: dict[str, str], text: TextConfig) -> None:
+    def check(self, folder: str, encoders: dict[str, str], text: TextConfig) -> None:
         """UserError naming both values where the manifest and a configuration disagree."""
         names = sorted({*self.encoders, *encoders})
         pairs = [(f"encoders.{name}", self.encoders.get(name), encoders.get(name)) for name in names]
         for key, own, other in [*pairs, *((key, getattr(self, key), value) for key, value in text.form.items())]:
             if own != other:
                 raise UserError(
-                    f"{folder / MANIFEST}: {key} is {own!r}, this configuration has {other!r}: "
+                    f"{_in(folder, MANIFEST)}: {key} is {own!r}, this configuration has {other!r}: "
                     "encode the data again with this configuration, or name the encoders that made it"
                 )
 
-    def check_shards(self, folder: Path, found: dict[str, int]) -> None:
+    def check_alike(self, folder: str, other_folder: str, other: Manifest) -> None:
+        """UserError naming both values where two data sets cannot be mixed."""
+        own_keys = {"source", "buckets", "latent_mean", "latent_std", "samples", "rejected", "shards"}
+        for key in type(self).model_fields:
+            if key not in own_keys and getattr(self, key) != getattr(other, key):
+                values = "" if key == "empty_caption" else f": {getattr(self, key)!r} and {getattr(other, key)!r}"
+                raise UserError(f"data.path: {redact(folder)} and {redact(other_folder)} differ in {key}{values}")
+
+    def check_shards(self, folder: str, found: dict[str, int]) -> None:
         """UserError where the shards of `folder` (name → samples) are not those of the manifest."""
         known = {name: record.samples for name, record in self.shards.items()}
         for name in sorted({*known, *found}):
             if known.get(name) != found.get(name):
                 raise UserError(
-                    f"{folder / name}: {found.get(name, 0)} samples, {MANIFEST} says {known.get(name, 0)}: "
+                    f"{_in(folder, name)}: {found.get(name, 0)} samples, {MANIFEST} says {known.get(name, 0)}: "
                     "restore the shard, or encode again into a new folder"
                 )
 
 
-def load_manifest(folder: Path) -> Manifest:
-    """Raises UserError where the folder holds no finished pre-encoded data set of this version."""
-    import json
-
-    path = folder / MANIFEST
-    if not folder.is_dir():
+def load_manifest(folder: str | Path) -> Manifest:
+    """The manifest of a folder or URL. Raises UserError if it holds no finished pre-encoded set of this version."""
+    folder = str(folder)
+    path = _in(folder, MANIFEST)
+    if remote.is_remote(folder):
+        data = remote.read_bytes(f"{folder.rstrip('/')}/{MANIFEST}", max_bytes=2**30)
+    elif not Path(folder).is_dir():
         raise UserError(f"data.path: {folder}: no such folder; make it with `mmdit preencode`")
-    if not path.exists():
-        raise UserError(f"{folder}: no {MANIFEST}; pre-encoding has not finished, run `mmdit preencode` again")
+    else:
+        data = Path(path).read_bytes() if Path(path).exists() else None
+    if data is None:
+        raise UserError(f"{redact(folder)}: no {MANIFEST}; pre-encoding has not finished, run `mmdit preencode` again")
     try:
-        values = json.loads(path.read_text())
+        values = json.loads(data)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not valid JSON: {error}") from None
     if values.get("version") != VERSION:
         raise UserError(f"{path}: version {values.get('version')!r}, this version of the stack reads {VERSION}")
-    return validate(Manifest, values, str(path))
+    return validate(Manifest, values, path)
+
+
+def _in(folder: str, name: str) -> str:
+    return f"{redact(folder.rstrip('/'))}/{name}"

@@ -1,10 +1,4 @@
-"""Shards on local disks: find them, index their samples, read members by offset.
-
-A shard is a tar of samples in WebDataset's layout, KEY.EXTENSION, either raw (an image and its .txt) or pre-encoded
-(.safetensors). Its index says where each member stands and how large the image and how long the caption is, so nobody
-opens a tar again to plan an epoch. Samples are joined by key inside one shard, never by their order, so an image cannot
-meet the caption of another sample, however the shard is damaged.
-"""
+"""Shards, local or remote: find them, index them, read members by offset, and count their samples as one set."""
 
 from __future__ import annotations
 
@@ -13,250 +7,53 @@ import hashlib
 import json
 import os
 import re
-import socket
-import zipfile
-import zlib
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from itertools import accumulate
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from heapq import merge
+from itertools import accumulate, islice
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
+from zlib import crc32
 
 import numpy as np
 
 from stack.config import UserError
-from stack.data import safety
-from stack.data.images import image_size
-from stack.data.safety import DecodeError, Rejected
-from stack.data.tar import FILE, FOLDER, Member, read_headers
+from stack.data import remote, safety
+from stack.data.index import SUFFIX, ShardIndex, build_index
+from stack.data.remote import ShardCache, Stat, is_remote
 
-_FORMAT = 1  # of the saved index: raised when its meaning changes
-
-
-@dataclass(frozen=True, eq=False)
-class ShardIndex:
-    """The usable samples of one shard, n of them, in the order of their first members.
-
-    offsets, lengths: extension → int64 [n], bytes from the start of the tar; length −1 where a sample lacks the member.
-    width, height: int32 [n]; upright pixels of a raw sample's image, cells of a pre-encoded one's latent.
-    caption_length: int32 [n]; characters of a raw sample's caption, text tokens of a pre-encoded one.
-    rejected: the samples left out, and why.  damage: what is wrong with the archive itself, "" if it is whole.
-    """
-
-    path: Path
-    size: int
-    mtime_ns: int
-    keys: np.ndarray
-    offsets: dict[str, np.ndarray]
-    lengths: dict[str, np.ndarray]
-    width: np.ndarray
-    height: np.ndarray
-    caption_length: np.ndarray
-    rejected: list[Rejected]
-    damage: str
-
-    def __len__(self) -> int:
-        return len(self.keys)
-
-    def has(self, row: int, extension: str) -> bool:
-        return extension in self.lengths and bool(self.lengths[extension][row] >= 0)
-
-    def image_extension(self, row: int) -> str:
-        """Extension of the sample's image. Raises KeyError for a pre-encoded sample."""
-        for extension in safety.IMAGE_EXTENSIONS:
-            if self.has(row, extension):
-                return extension
-        raise KeyError(f"{self.path}: sample {self.keys[row]!r} has no image")
-
-    def save(self, path: Path) -> None:
-        """Write a compressed .npz without pickles, published by rename."""
-        arrays: dict[str, Any] = {
-            "header": np.array([_FORMAT, self.size, self.mtime_ns], np.int64),
-            "keys": self.keys,
-            "width": self.width,
-            "height": self.height,
-            "caption_length": self.caption_length,
-            "rejected": np.array(json.dumps(self.rejected)),
-            "damage": np.array(self.damage),
-            **{f"offset.{extension}": offsets for extension, offsets in self.offsets.items()},
-            **{f"length.{extension}": lengths for extension, lengths in self.lengths.items()},
-        }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
-        try:
-            with partial.open("wb") as file:
-                np.savez_compressed(file, **arrays)
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
-
-    @classmethod
-    def load(cls, path: Path, shard: Path) -> ShardIndex:
-        """Read the index of `shard` saved at `path`. Raises ValueError if it is no index of this format."""
-        try:
-            with np.load(path, allow_pickle=False) as arrays:
-                form, size, mtime_ns = arrays["header"].tolist()
-                if form != _FORMAT:
-                    raise ValueError(f"{path}: index format {form}, expected {_FORMAT}")
-                return cls(
-                    path=shard,
-                    size=size,
-                    mtime_ns=mtime_ns,
-                    keys=arrays["keys"],
-                    offsets={name[7:]: arrays[name] for name in arrays if name.startswith("offset.")},
-                    lengths={name[7:]: arrays[name] for name in arrays if name.startswith("length.")},
-                    width=arrays["width"],
-                    height=arrays["height"],
-                    caption_length=arrays["caption_length"],
-                    rejected=[Rejected(*pair) for pair in json.loads(arrays["rejected"].item())],
-                    damage=arrays["damage"].item(),
-                )
-        except (KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-            raise ValueError(f"{path}: not a shard index: {error}") from error
-
-
-# ---- building an index
-
-
-def build_index(tar_path: str | Path) -> ShardIndex:
-    """Index one shard. Damage and bad samples are reported in the result; only a missing file raises (OSError).
-
-    The samples that stand whole before a cut stay usable. The one before the cut counts as whole if it has the same
-    extensions as its predecessor.
-    """
-    path = Path(tar_path)
-    with path.open("rb", buffering=2**20) as file:
-        stat = os.fstat(file.fileno())
-        members, damage = read_headers(file, stat.st_size)
-        groups, reasons = _group(members)
-        if damage and groups:
-            *before, last = groups
-            if not before or set(groups[last]) != set(groups[before[-1]]):
-                reasons.setdefault(last, f"incomplete: shard {damage}")
-        samples: dict[str, tuple[int, int, int]] = {}
-        for key, group in groups.items():
-            if key not in reasons:
-                try:
-                    samples[key] = _measure(file, group)
-                except DecodeError as error:
-                    reasons[key] = str(error)
-
-    extensions = sorted({extension for key in samples for extension in groups[key]})
-    offsets, lengths = (
-        {
-            extension: np.array([getattr(groups[key].get(extension, _ABSENT), field) for key in samples], np.int64)
-            for extension in extensions
-        }
-        for field in ("offset", "size")
-    )
-    width, height, caption_length = np.array(list(samples.values()), np.int32).reshape(-1, 3).T.copy()
-    return ShardIndex(
-        path=path,
-        size=stat.st_size,
-        mtime_ns=stat.st_mtime_ns,
-        keys=np.array(list(samples), np.str_),
-        offsets=offsets,
-        lengths=lengths,
-        width=width,
-        height=height,
-        caption_length=caption_length,
-        rejected=[Rejected(key, reason) for key, reason in reasons.items()],
-        damage=damage,
-    )
-
-
-_ABSENT = Member("", -1, -1, "")
-
-
-def _group(members: list[Member]) -> tuple[dict[str, dict[str, Member]], dict[str, str]]:
-    """key → extension → member, and key → reason for the keys that must not be used."""
-    groups: dict[str, dict[str, Member]] = {}
-    reasons: dict[str, str] = {}
-    previous = None
-    for member in members:
-        key, extension = safety.split_name(member.name)
-        if member.kind == FOLDER or not extension or key.endswith("/") or not key:
-            continue  # no sample's: a folder, a README, a hidden file
-        if key in groups and key != previous:
-            reasons.setdefault(key, f"interleaved key: {member.name} stands apart from the rest of its sample")
-        group = groups.setdefault(key, {})
-        if member.kind != FILE:
-            reasons.setdefault(key, f"forbidden member: {member.name} is a {member.kind}")
-        elif refusal := safety.refuse_name(member.name):
-            reasons.setdefault(key, refusal)
-        elif extension in group:
-            reasons.setdefault(key, f"duplicate member: {member.name}")
-        group.setdefault(extension, member)
-        previous = key
-    return groups, reasons
-
-
-def _measure(file: BinaryIO, group: dict[str, Member]) -> tuple[int, int, int]:
-    """(width, height, caption length) of one sample as `ShardIndex` tells them. Raises DecodeError."""
-
-    def read(member: Member, start: int = 0, length: int | None = None) -> bytes:
-        file.seek(member.offset + start)
-        return file.read(member.size if length is None else min(length, member.size))
-
-    if encoded := group.get("safetensors"):
-        head_size = safety.safetensors_header_size(read(encoded, length=8))
-        shapes = safety.read_safetensors_shapes(read(encoded, length=head_size), encoded.size)
-        latent = shapes.get("latent_mean", (0, 0, 0))
-        if len(latent) != 3:
-            raise DecodeError(f"safetensors not readable: latent_mean has shape {latent}, expected (C, h, w)")
-        _, height, width = latent
-        return width, height, max((shape[0] for shape in shapes.values() if len(shape) == 2), default=0)
-    image = next((group[extension] for extension in safety.IMAGE_EXTENSIONS if extension in group), None)
-    if image is None:
-        others = ", ".join(f".{extension}" for extension in sorted(group))
-        raise DecodeError(f"no image: only {others} (a key ends at the first dot of the name)")
-    if "txt" not in group:
-        raise DecodeError("no caption")
-    caption = safety.read_caption(read(group["txt"]))
-    return *image_size(read(image)), len(caption)
-
+_PARALLEL_BYTES = 2**28  # shards to index of less in all are not worth starting processes for
+_MAX_MAPPED = 256  # indices whose columns are mapped at once
 
 # ---- finding shards
 
 
-def index_shards(
-    source: str | Path, cache: Path | None = None, progress: Callable[[int, int], None] | None = None
-) -> list[ShardIndex]:
-    """Indices of all shards of `source`, sorted by path.
+def find_shards(source: str | Path) -> list[str]:
+    """Paths or URLs of the tars that `source` means, sorted.
 
-    `source` is a folder of *.tar, one tar, a glob or a brace list ("train/{00000..00007}.tar", "{a,b}.tar"). An index
-    is NNNNN.index.npz beside its shard, or in a subfolder of `cache` named after the shard's folder; one whose shard
-    has another size or time of change is built again. `progress(done, total)` is called after each shard.
-
-    Raises UserError where there is no shard, or an index cannot be written into `cache`.
+    `source` is a folder of *.tar, one tar, a glob or a brace list ("train/{00000..00007}.tar", "{a,b}.tar"), local or
+    under any URL that fsspec knows. Raises UserError where there is none.
     """
-    paths = find_shards(source)
-    indices = []
-    for done, path in enumerate(paths, 1):
-        indices.append(_load_or_build(path, _index_path(path, cache), cache is not None))
-        if progress is not None:
-            progress(done, len(paths))
-    return indices
-
-
-def find_shards(source: str | Path) -> list[Path]:
-    """The local tars that `source` means (see `index_shards`), sorted. Raises UserError where there is none."""
     text = str(source)
     safety.check_source(text)
-    if "://" in text:
-        raise UserError(f"{text}: only local shards can be read; copy them and name the folder")
-    paths: set[str] = set()
+    text = text.removeprefix("file://")
+    found: set[str] = set()
     for pattern in [text] if os.path.exists(text) else _expand_braces(text):
-        if os.path.isdir(pattern):
-            found = glob.glob(os.path.join(glob.escape(pattern), "*.tar"))
-        else:
-            found = [pattern] if os.path.exists(pattern) else glob.glob(pattern)
-        if not found:
-            problem = "no *.tar in this folder" if os.path.isdir(pattern) else "no such folder or shard"
-            raise UserError(f"{pattern}: {problem}")
-        paths.update(found)
-    return [Path(path) for path in sorted(paths)]
+        found.update(remote.list_shards(pattern) if is_remote(pattern) else _local_shards(pattern))
+    return sorted(found)
+
+
+def _local_shards(pattern: str) -> list[str]:
+    if os.path.isdir(pattern):
+        found = glob.glob(os.path.join(glob.escape(pattern), "*.tar"))
+    else:
+        found = [pattern] if os.path.exists(pattern) else glob.glob(pattern)
+    if not found:
+        problem = "no *.tar in this folder" if os.path.isdir(pattern) else "no such folder or shard"
+        raise UserError(f"{pattern}: {problem}")
+    return found
 
 
 def _expand_braces(text: str) -> list[str]:
@@ -271,42 +68,139 @@ def _expand_braces(text: str) -> list[str]:
     return [whole for part in parts for whole in _expand_braces(text[: match.start()] + part + text[match.end() :])]
 
 
-def _index_path(shard: Path, cache: Path | None) -> Path:
-    name = f"{shard.stem}.index.npz"
-    if cache is None:
-        return shard.with_name(name)
-    folder = shard.resolve().parent  # shards of two folders often share their names
-    return cache / f"{folder.name}-{hashlib.sha256(os.fsencode(folder)).hexdigest()[:8]}" / name
+# ---- indexing
 
 
-def _load_or_build(shard: Path, index_path: Path, cache_was_named: bool) -> ShardIndex:
-    """A folder of shards that cannot be written to is read all the same, its index built each time."""
-    if index_path.exists():
-        try:
-            index = ShardIndex.load(index_path, shard)
-        except ValueError:
-            pass  # another version's or a broken file: the shard tells it all again
+def index_shards(
+    source: str | Path,
+    folder: Path | None = None,
+    cache: ShardCache | None = None,
+    rebuild: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[ShardIndex]:
+    """Indices of all shards of `source` (see `find_shards`), sorted by path.
+
+    An index is NNNNN.index.safetensors beside its shard, or in a subfolder of `folder` named after the shard's own; a
+    remote shard's stands beside it or in the cache's folder. One that is missing is built, in parallel where that is
+    worth it; each is kept as soon as it is built, so a stopped indexing goes on. `rebuild` builds those anew whose
+    shards have changed. `progress(done, total)` is called after each shard.
+
+    Raises UserError where there is no shard, an index cannot be written into `folder`, or a shard has changed since it
+    was indexed.
+    """
+    urls = find_shards(source)
+    if any(map(is_remote, urls)) and cache is None:
+        raise UserError(f"{safety.redact(str(source))}: a remote source needs a cache folder")
+    indices: dict[str, ShardIndex] = {}
+    missing: list[_Work] = []
+    with ThreadPoolExecutor(32 if any(map(is_remote, urls)) else 1) as threads:
+        works = threads.map(lambda url: _Work(url, folder, cache), urls)
+        for work in works:
+            known = work.known(rebuild)
+            if known is None:
+                missing.append(work)
+            else:
+                indices[work.url] = known
+                if progress is not None:
+                    progress(len(indices), len(urls))
+    for index in _build_all(missing):
+        indices[index.url] = index
+        if progress is not None:
+            progress(len(indices), len(urls))
+    return [indices[url] for url in urls]
+
+
+class _Work:
+    """One shard whose index is wanted."""
+
+    def __init__(self, url: str, folder: Path | None, cache: ShardCache | None) -> None:
+        self.url, self.cache = url, cache
+        self.must_write = folder is not None
+        if is_remote(url):
+            assert cache is not None
+            self.stat = remote.stat(url)
+            folder = folder or cache.dir / "index"
+            parent = url.rpartition("/")[0]
         else:
-            stat = shard.stat()
-            if (index.size, index.mtime_ns) == (stat.st_size, stat.st_mtime_ns):
-                return index
-    index = build_index(shard)
-    try:
-        index.save(index_path)
-    except OSError as error:
-        if cache_was_named:
-            raise UserError(f"{index_path}: index cannot be written ({error.strerror}); name another folder") from None
-    return index
+            found = os.stat(url)
+            self.stat = Stat(found.st_size, str(found.st_mtime_ns))
+            parent = str(Path(url).resolve().parent)
+        name = Path(url).stem + SUFFIX
+        if folder is None:
+            self.path = Path(url).with_name(name)
+        else:  # shards of two folders often share their names
+            digest = hashlib.sha256(os.fsencode(parent)).hexdigest()[:8]
+            self.path = folder / f"{parent.rpartition('/')[2]}-{digest}" / name
+
+    def known(self, rebuild: bool) -> ShardIndex | None:
+        try:
+            index = ShardIndex(self.url, self.path)
+        except (OSError, ValueError):  # none yet, another version's or a broken file: the shard tells it all again
+            return self._published()
+        if Stat(index.size, index.version) == self.stat:
+            return index
+        if rebuild:
+            return None
+        raise changed(self.url, f"{index.size:,} bytes when it was indexed, {self.stat.size:,} now")
+
+    def _published(self) -> ShardIndex | None:
+        """The index that lies beside a remote shard."""
+        if not is_remote(self.url):
+            return None
+        data = remote.read_bytes(self.url.removesuffix(".tar") + SUFFIX, max_bytes=2**30)
+        try:
+            index = ShardIndex(self.url, data) if data is not None else None
+        except ValueError:
+            return None
+        if index is None or index.size != self.stat.size:
+            return None
+        return self._keep(index.of_version(self.stat.version))
+
+    def build(self) -> ShardIndex:
+        if self.cache is not None and is_remote(self.url):
+            return self._keep(build_index(self.cache.fetch(self.url, self.stat), self.url, self.stat.version))
+        return self._keep(build_index(self.url))
+
+    def _keep(self, index: ShardIndex) -> ShardIndex:
+        """Save it. Local shards in a folder that cannot be written to are read all the same, indexed each time."""
+        try:
+            index.save(self.path)
+        except OSError as error:
+            if self.must_write or is_remote(self.url):
+                problem = f"index cannot be written ({error.strerror}); name another folder"
+                raise UserError(f"{self.path}: {problem}") from None
+        return index
+
+
+def _build_all(works: Sequence[_Work]) -> Iterator[ShardIndex]:
+    workers = min(len(works), len(os.sched_getaffinity(0)))
+    if workers < 2 or sum(work.stat.size for work in works) < _PARALLEL_BYTES:
+        yield from map(_Work.build, works)
+        return
+    # Forked: the builders touch files and Pillow only, and a spawned one would import the caller's main module again.
+    with ProcessPoolExecutor(workers, mp_context=get_context("fork")) as processes:
+        yield from processes.map(_Work.build, works)
+
+
+def changed(url: str, how: str) -> UserError:
+    where = safety.redact(url)
+    return UserError(
+        f"{where}: the shard changed since it was indexed ({how}); index it again: mmdit data index {where}"
+    )
 
 
 # ---- reading
 
 
 class ShardReader:
-    """Reads members by offset. Files are opened on first use, at most `max_open` at once, anew in a forked process."""
+    """Reads members by offset. Files are opened on first use, at most `max_open` at once, anew in a forked process.
 
-    def __init__(self, indices: Sequence[ShardIndex], max_open: int = 64) -> None:
+    A remote shard is fetched into `cache` first.
+    """
+
+    def __init__(self, indices: Sequence[ShardIndex], cache: ShardCache | None = None, max_open: int = 64) -> None:
         self.indices = indices
+        self.cache = cache
         self.max_open = max_open
         self._files: OrderedDict[int, BinaryIO] = OrderedDict()
         self._process = os.getpid()
@@ -316,14 +210,28 @@ class ShardReader:
 
         Raises KeyError if the sample has no such member, UserError if the shard is gone or not what was indexed.
         """
-        index = self.indices[shard]
-        if not index.has(row, extension):
-            raise KeyError(f"{index.path}: sample {index.keys[row]!r} has no .{extension}")
-        length = int(index.lengths[extension][row])
-        data = os.pread(self._file(shard).fileno(), length, int(index.offsets[extension][row]))
+        offset, length = self.indices[shard].span(row, extension)
+        data = os.pread(self.handle(shard), length, offset)
         if len(data) < length:
-            raise _changed(index, os.stat(index.path).st_size)
+            raise self.cut(shard)
         return data
+
+    def handle(self, shard: int) -> int:
+        """A file descriptor of the shard's tar, for reading by offset right away: a later call may close it."""
+        if self._process != os.getpid():
+            self.close()
+            self._process = os.getpid()
+        if shard not in self._files:
+            while len(self._files) >= self.max_open:
+                self._files.popitem(last=False)[1].close()
+            self._files[shard] = self._open(self.indices[shard])
+        self._files.move_to_end(shard)
+        return self._files[shard].fileno()
+
+    def cut(self, shard: int) -> UserError:
+        """What to raise where the shard ends before a member does."""
+        size = os.fstat(self.handle(shard)).st_size
+        return changed(self.indices[shard].url, f"{self.indices[shard].size:,} bytes then, {size:,} now")
 
     def close(self) -> None:
         while self._files:
@@ -332,70 +240,83 @@ class ShardReader:
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_files": OrderedDict()}  # a spawned process opens its own
 
-    def _file(self, shard: int) -> BinaryIO:
-        if self._process != os.getpid():
-            self.close()
-            self._process = os.getpid()
-        if shard not in self._files:
-            while len(self._files) >= self.max_open:
-                self._files.popitem(last=False)[1].close()
-            self._files[shard] = _open_checked(self.indices[shard])
-        self._files.move_to_end(shard)
-        return self._files[shard]
-
-
-def _open_checked(index: ShardIndex) -> BinaryIO:
-    try:
-        file = index.path.open("rb")
-    except OSError as error:
-        raise UserError(f"{index.path}: shard cannot be opened: {error.strerror}") from None
-    size = os.fstat(file.fileno()).st_size
-    if size != index.size:
-        file.close()
-        raise _changed(index, size)
-    return file
-
-
-def _changed(index: ShardIndex, size: int) -> UserError:
-    return UserError(f"{index.path}: shard has {size} bytes, its index says {index.size}; index it again")
+    def _open(self, index: ShardIndex) -> BinaryIO:
+        if is_remote(index.url):
+            assert self.cache is not None
+            return self.cache.open(index.url, Stat(index.size, index.version))
+        try:
+            file = open(index.url, "rb")  # noqa: SIM115
+        except OSError as error:
+            raise UserError(f"{index.url}: shard cannot be opened: {error.strerror}") from None
+        stat = os.fstat(file.fileno())
+        if (stat.st_size, str(stat.st_mtime_ns)) != (index.size, index.version):
+            file.close()
+            raise changed(index.url, f"{index.size:,} bytes then, {stat.st_size:,} now")
+        return file
 
 
 class ShardSet:
     """The samples of many shards under one global id, 0 … num_samples − 1, in the order of the shards.
 
-    width, height, caption_length: int32 [num_samples], as in `ShardIndex`.
+    Columns of at most 256 shards are mapped at once, so memory does not grow with the set.
     """
 
     def __init__(self, indices: Sequence[ShardIndex]) -> None:
         self.indices = list(indices)
-        self._starts = np.array([0, *accumulate(map(len, self.indices))], np.int64)
-        self.num_samples = int(self._starts[-1])
-        empty = np.empty(0, np.int32)
-        self.width = np.concatenate([empty, *(index.width for index in self.indices)])
-        self.height = np.concatenate([empty, *(index.height for index in self.indices)])
-        self.caption_length = np.concatenate([empty, *(index.caption_length for index in self.indices)])
+        self.starts = np.array([0, *accumulate(map(len, self.indices))], np.int64)
+        """First id of each shard, and the number of samples; int64 [shards + 1]."""
+        self.num_samples = int(self.starts[-1])
+        self._mapped: OrderedDict[int, None] = OrderedDict()
 
     def __len__(self) -> int:
         return self.num_samples
+
+    def index(self, shard: int) -> ShardIndex:
+        """The shard's index, whose columns may be mapped until the next calls."""
+        self._mapped[shard] = None
+        self._mapped.move_to_end(shard)
+        while len(self._mapped) > _MAX_MAPPED:
+            self.indices[self._mapped.popitem(last=False)[0]].release()
+        return self.indices[shard]
 
     def locate(self, sample_id: int) -> tuple[int, int]:
         """(shard, row in its index). Raises IndexError."""
         if not 0 <= sample_id < self.num_samples:
             raise IndexError(f"sample {sample_id} of {self.num_samples}")
-        shard = int(np.searchsorted(self._starts, sample_id, side="right")) - 1
-        return shard, sample_id - int(self._starts[shard])
+        shard = int(np.searchsorted(self.starts, sample_id, side="right")) - 1
+        return shard, sample_id - int(self.starts[shard])
 
     def key(self, sample_id: int) -> str:
         shard, row = self.locate(sample_id)
-        return str(self.indices[shard].keys[row])
+        return self.index(shard).key(row)
+
+    def lowest_hashes(self, count: int, below: int) -> np.ndarray:
+        """Ids of the `count` samples whose keys have the lowest crc32, of those below a limit; sorted, int64."""
+
+        def of(shard: int) -> Iterator[tuple[int, int]]:
+            index = self.index(shard)
+            for start in range(0, len(index), 16):
+                rows = self.index(shard).by_hash[start : start + 16].tolist()
+                for row in rows:
+                    value = crc32(self.index(shard).key(row).encode("utf-8", "surrogateescape"))
+                    if value >= below:
+                        return
+                    yield value, int(self.starts[shard]) + row
+
+        lowest = islice(merge(*map(of, range(len(self.indices)))), count)
+        return np.array(sorted(sample for _, sample in lowest), np.int64)
 
     def fingerprint(self) -> str:
-        """sha256 over names and sizes of the shards, keys and where the members stand: the manifest's source."""
-        digest = hashlib.sha256()
-        for index in self.indices:
-            layout = [index.path.name, index.size, index.keys.tolist(), sorted(index.offsets)]
-            digest.update(json.dumps(layout).encode())
-            for extension in sorted(index.offsets):
-                digest.update(index.offsets[extension].astype("<i8").tobytes())
-                digest.update(index.lengths[extension].astype("<i8").tobytes())
-        return digest.hexdigest()
+        """sha256 over names and sizes of the shards and their digests: the manifest's source."""
+        layout = [[index.name, index.size, index.digest] for index in self.indices]
+        return hashlib.sha256(json.dumps(layout).encode()).hexdigest()
+
+
+def unique_names(indices: Iterable[ShardIndex]) -> None:
+    """UserError where two shards have the same file name."""
+    seen: dict[str, str] = {}
+    for index in indices:
+        if index.name in seen:
+            both = f"{safety.redact(seen[index.name])} and {safety.redact(index.url)}"
+            raise UserError(f"{both} have the same file name; encode their folders separately")
+        seen[index.name] = index.url

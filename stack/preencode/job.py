@@ -1,115 +1,148 @@
 """Encode captioned images once: shards of raw samples → shards of latent moments and text embeddings.
 
-One output shard for each source shard. Finished shards are skipped, half-written ones done again, and a lock sees to it
-that of several workers on one folder only one does a shard. The last one to finish writes the manifest.
+One output shard for each source shard. Finished shards are skipped, half-written ones done again; any number of workers
+on any number of nodes share one folder by claims (see `claims`), and whoever sees the last shard finished writes the
+manifest. What comes out is the same to the last byte, however many they were and whichever were killed.
 """
 
 from __future__ import annotations
 
 import base64
 import json
+import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
-import torch
+from pydantic import Field, NonNegativeInt, PositiveInt, field_validator
 
 from autoencoders.codec import Codec, fingerprint
 from stack import config as configuration
-from stack import dist
 from stack.config import Config, UserError
-from stack.data.buckets import BucketRule, buckets_for
-from stack.data.images import decode_image, to_bucket
-from stack.data.safety import DecodeError, read_caption
-from stack.data.schema import (
-    DTYPES,
-    MANIFEST,
-    EncodedSample,
-    Manifest,
-    ShardRecord,
-    load_manifest,
-    text_tensors,
-    to_bytes,
-)
-from stack.data.shards import ShardReader, ShardSet, index_shards
-from stack.files import lock, publish
+from stack.data.buckets import BucketConfig, histogram
+from stack.data.dataset import check_budget
+from stack.data.remote import CacheConfig, ShardCache, is_remote
+from stack.data.safety import Rejected
+from stack.data.schema import DTYPES, MANIFEST, Manifest, ShardRecord, T5Dtype, load_manifest, text_tensors, to_bytes
+from stack.data.shards import ShardReader, ShardSet, index_shards, unique_names
+from stack.files import publish
 from stack.log import progress, say
-from stack.preencode.writer import ShardWriter, stats_path, sweep
+from stack.preencode.claims import Claims, owners, sweep
+from stack.preencode.pipeline import CHUNK_BATCHES, Encoders, compute_dtype, overlapped, read_samples
+from stack.preencode.writer import ShardWriter, stats_path
 from stack.text.encoders import TextConfig, TextEncoders, fingerprints
 
-CHUNK_BATCHES = 4
-MAX_KEY_BYTES = 80
-"""A tar's plain header holds names of 100."""
+_POLL_S = 1.0
 
 
 class PreencodeConfig(Config):
     source: str
-    """Raw shards (img2dataset's layout): a folder, a .tar or a glob."""
+    """Raw shards (img2dataset's layout), or MLPerf's pre-encoded ones: a folder, a .tar, a glob or a URL."""
     out: Path
     """Folder for the pre-encoded shards."""
     index: Path | None = None
     """Folder for the source shards' indices; beside the shards if not given."""
-    resolution: int = 32
-    """Side of the square bucket in pixels; wide and tall ones have about the same area."""
-    min_side: int = 1
+    cache: CacheConfig = CacheConfig()
+    """Where remote shards are kept on this node."""
+    captions: dict[str, str] = Field(default={"txt": "txt"})
+    """Name → where the caption stands: txt, or json.FIELD for a field of KEY.json. Every sample has the first; each is
+    encoded, and training draws one of them."""
+    buckets: BucketConfig = BucketConfig(resolution=32)
+    min_side: PositiveInt = 1
     """Smaller images are left out."""
+    max_rejected: float = Field(default=0.05, ge=0, le=1)
+    """Share of the samples that may be broken; above it the job stops. Images below min_side do not count."""
     autoencoder: str
     text: TextConfig
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    batch_size: int = 64
+    t5_dtype: T5Dtype = None
+    """float8: T5's embeddings in eight bits with a scale a token, half the bytes of bfloat16."""
+    batch_size: PositiveInt = 64
+    decoders: NonNegativeInt = 2
+    """Threads that read and decode images while the encoders work."""
+
+    @field_validator("captions")
+    @classmethod
+    def _check_captions(cls, captions: dict[str, str]) -> dict[str, str]:
+        for name, place in captions.items():
+            if place != "txt" and not (place.startswith("json.") and len(place) > 5):
+                raise ValueError(f"caption {name!r} stands in {place!r}, expected txt or json.FIELD")
+        if not captions:
+            raise ValueError("name one caption at least")
+        return captions
 
 
-class Raw(NamedTuple):
-    key: str
-    pixels: np.ndarray
-    caption: str
-    bucket: int
-    facts: dict[str, Any]
+def preencode(config: PreencodeConfig) -> Manifest:
+    """Run the job until every shard is finished, by this worker or another; the manifest.
 
-
-def preencode(config: PreencodeConfig) -> Manifest | None:
-    """Run the job; the manifest, or None where other workers still have shards in hand.
-
-    Raises UserError for missing sources or encoders, and where `out` holds shards of another configuration.
+    Raises UserError for missing sources or encoders, where `out` holds shards of another configuration, and where too
+    many samples are broken.
     """
-    source = ShardSet(index_shards(config.source, config.index))
-    names = [index.path.name for index in source.indices]
-    if len(set(names)) < len(names):
-        raise UserError(f"{config.source}: two shards have the same file name; encode their folders separately")
-    targets = [config.out / name for name in names]
+    cache = ShardCache(config.cache)
+    source = ShardSet(index_shards(config.source, config.index, cache))
+    unique_names(source.indices)
+    targets = [config.out / index.name for index in source.indices]
     for index, target in zip(source.indices, targets, strict=True):
-        if index.path.resolve() == target.resolve():
+        if not is_remote(index.url) and Path(index.url).resolve() == target.resolve():
             raise UserError(f"out: {config.out} is the folder of the source shards, which would be overwritten")
     mark = _mark(config, source)
-    _claim(config.out, mark)
+    _refuse_other_shards(config.out, mark)
     finished = [_stats(target, mark) is not None for target in targets]
     if not all(finished):
-        encoder = _Encoder(config)
-        done = sum(len(index) for index, known in zip(source.indices, finished, strict=True) if known)
-        with progress("preencode", source.num_samples, "sample", done) as advance:
-            for number, target in enumerate(targets):
-                with lock(config.out / ".locks" / target.stem) as mine:
+        _work(config, source, ShardReader(source.indices, cache), targets, mark)
+    stats = [stats for target in targets if (stats := _stats(target, mark)) is not None]
+    known = all(finished) and (config.out / MANIFEST).exists()
+    manifest = load_manifest(config.out) if known else _write_manifest(config, source, targets, stats)
+    counts = np.sum([one["buckets"] for one in stats], axis=0).tolist()
+    say(f"{config.out}: samples by bucket, width×height\n{histogram(counts, config.buckets.rule())}")
+    return manifest
+
+
+def _work(config: PreencodeConfig, source: ShardSet, reader: ShardReader, targets: list[Path], mark: str) -> None:
+    """Encode shards that nobody has in hand until all are finished, taking over those of workers that died."""
+    rejected: list[Rejected] = [broken for index in source.indices for broken in index.rejected]
+    total = source.num_samples + len(rejected)
+    check_budget(rejected, total, config.max_rejected)
+    claims, encoders, began = Claims(config.out / ".claims"), Encoders(config), time.monotonic()
+    left = {number: target for number, target in enumerate(targets) if _stats(target, mark) is None}
+    done = source.num_samples - sum(len(source.indices[number]) for number in left)
+    waiting_said = False
+    with progress("preencode", source.num_samples, "sample", done) as advance:
+        while left:
+            before = len(left)
+            for number, target in list(left.items()):
+                with claims.hold(target.stem) as mine:
                     if mine and _stats(target, mark) is None:
                         sweep(target)
-                        _encode_shard(config, encoder, source, number, target, mark, advance)
-    if any(_stats(target, mark) is None for target in targets):
-        say(f"{config.out}: other workers still have shards in hand; the last one writes {MANIFEST}")
-        return None
-    if all(finished) and (config.out / MANIFEST).exists():
-        return load_manifest(config.out)
-    return _write_manifest(config, source, targets, mark)
+                        rejected += _encode_shard(config, encoders, source, reader, number, target, mark, advance)
+                        check_budget(rejected, total, config.max_rejected)
+                        del left[number]
+                    elif mine:
+                        advance(len(source.indices[number]))
+                        del left[number]
+            if left and len(left) == before:
+                if not waiting_said:
+                    others = ", ".join(owners(config.out / ".claims"))
+                    say(f"{config.out}: waiting for shards of other workers: {others}")
+                    waiting_said = True
+                time.sleep(_POLL_S)
+    wall = time.monotonic() - began
+    if encoders.seconds:
+        say(f"{config.out}: {wall:.1f} s, {100 * encoders.seconds / wall:.1f} % of them inside the encoders")
 
 
 def _mark(config: PreencodeConfig, source: ShardSet) -> str:
     """Fingerprint of all that decides an output byte."""
-    values = config.model_dump(mode="json", exclude={"source", "out", "index"})
+    free = {"source", "out", "index", "cache", "max_rejected", "decoders", "autoencoder"}
+    values = config.model_dump(mode="json", exclude=free)
+    values["buckets"] = config.buckets.rule().buckets
+    values["captions"] = list(config.captions.items())
     values["text"] = config.text.form
     values["encoders"] = _encoders(config)
     values["source"] = source.fingerprint()
-    values["compute"] = str(_compute_dtype())
-    del values["autoencoder"]
+    values["compute"] = str(compute_dtype())
     return configuration.fingerprint_of(values)
 
 
@@ -117,8 +150,8 @@ def _encoders(config: PreencodeConfig) -> dict[str, str]:
     return {"autoencoder": fingerprint(config.autoencoder), **fingerprints(config.text)}
 
 
-def _claim(out: Path, mark: str) -> None:
-    """Refuse a folder whose shards another configuration wrote."""
+def _refuse_other_shards(out: Path, mark: str) -> None:
+    """UserError for a folder whose shards another configuration wrote."""
     out.mkdir(parents=True, exist_ok=True)
     for path in sorted(out.glob("*_stats.json")):
         if json.loads(path.read_text()).get("mark") != mark:
@@ -136,120 +169,56 @@ def _stats(target: Path, mark: str) -> dict[str, Any] | None:
     return stats if stats["mark"] == mark else None
 
 
-def _compute_dtype() -> torch.dtype:
-    return torch.bfloat16 if dist.device().type == "cuda" else torch.float32
-
-
-class _Encoder:
-    """The frozen networks, on this process's device."""
-
-    def __init__(self, config: PreencodeConfig):
-        self.device = dist.device()
-        self.dtype = _compute_dtype()
-        self.codec = Codec.load(config.autoencoder, self.dtype).to(self.device)
-        self.text = TextEncoders(config.text, self.device, self.dtype)
-        self.rule: BucketRule = buckets_for(config.resolution)
-        self.batch_size = config.batch_size
-        odd = [side for bucket in self.rule.buckets for side in bucket if side % self.codec.factor]
-        if odd:
-            raise UserError(
-                f"resolution {config.resolution} gives a bucket side of {odd[0]} pixels, not divisible by "
-                f"the autoencoder's factor {self.codec.factor}"
-            )
-
-    @torch.inference_mode()
-    def encode(self, chunk: list[Raw]) -> list[EncodedSample]:
-        """The samples of `chunk`, in order."""
-        moments: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        for bucket in sorted({raw.bucket for raw in chunk}):
-            members = [i for i, raw in enumerate(chunk) if raw.bucket == bucket]
-            for start in range(0, len(members), self.batch_size):
-                rows = members[start : start + self.batch_size]
-                pixels = torch.from_numpy(np.stack([chunk[i].pixels for i in rows])).to(self.device)
-                image_BCHW = pixels.permute(0, 3, 1, 2).to(self.dtype) / 127.5 - 1
-                mean, logvar = self.codec.encode(image_BCHW)
-                moments.update({i: (mean[row].cpu(), logvar[row].cpu()) for row, i in enumerate(rows)})
-        texts = self.text.encode([raw.caption for raw in chunk])
-        return [EncodedSample(*moments[i], text) for i, text in enumerate(texts)]
-
-
 def _encode_shard(
-    config: PreencodeConfig, encoder: _Encoder, source: ShardSet, number: int, target: Path, mark: str, advance: Any
-) -> None:
-    index = source.indices[number]
-    listed: list[dict[str, str]] = []
-
-    def reject(key: str, reason: str) -> None:
-        listed.append({"shard": index.path.name, "key": key, "reason": reason})
-
-    for key, reason in index.rejected:
-        reject(key, reason)
-    writer = ShardWriter(target, DTYPES[config.dtype])
+    config: PreencodeConfig,
+    encoders: Encoders,
+    source: ShardSet,
+    reader: ShardReader,
+    number: int,
+    target: Path,
+    mark: str,
+    advance: Any,
+) -> list[Rejected]:
+    """Write one output shard; the broken samples that its index had not told of."""
+    index = source.index(number)
+    listed, broken = list(index.rejected), []
+    counts = [0] * len(encoders.rule.buckets)
+    writer = ShardWriter(target, DTYPES[config.dtype], config.t5_dtype)
+    samples = read_samples(config, encoders.rule, reader, number)
     try:
-        chunk: list[Raw] = []
-        for row, raw in _read(config, encoder.rule, source, number, reject):
-            if raw is not None:
-                chunk.append(raw)
-            if chunk and (len(chunk) == CHUNK_BATCHES * config.batch_size or row == len(index) - 1):
-                for item, sample in zip(chunk, encoder.encode(chunk), strict=True):
-                    if sample.text.fits():
-                        writer.add(item.key, sample, item.facts)
-                    else:
-                        reject(item.key, "the tokenizers of CLIP-L and bigG cut the caption differently")
-                chunk = []
-            advance(1)
+        for encoded in overlapped(samples, encoders, CHUNK_BATCHES * config.batch_size):
+            for item, sample in encoded:
+                if isinstance(item, Rejected):
+                    listed.append(item)
+                    if not item.reason.startswith("smaller than min_side"):
+                        broken.append(item)
+                elif sample is None:
+                    listed.append(Rejected(item.key, "the tokenizers of CLIP-L and bigG cut the caption differently"))
+                else:
+                    writer.add(item.key, sample, item.facts)
+                    counts[item.bucket] += 1
+            advance(len(encoded))
+        rejected = [{"shard": index.name, "key": key, "reason": reason} for key, reason in listed]
+        facts = {"mark": mark, "source": index.name, "rejected": rejected, "damage": index.damage, "buckets": counts}
+        writer.finish(facts)
     except BaseException:
         writer.abandon()
         raise
-    writer.finish({"mark": mark, "source": index.path.name, "rejected": listed, "damage": index.damage})
-    for kind, count in Counter(entry["reason"].partition(":")[0] for entry in listed).items():
-        say(f"{index.path}: {count} samples left out: {kind}")
+    for kind, count in Counter(reason.partition(":")[0] for _, reason in listed).items():
+        say(f"{index.name}: {count} samples left out: {kind}")
+    return broken
 
 
-def _read(
-    config: PreencodeConfig, rule: BucketRule, source: ShardSet, number: int, reject: Any
-) -> Iterator[tuple[int, Raw | None]]:
-    """(row, sample) of one source shard, None for a sample that is left out."""
-    index = source.indices[number]
-    reader = ShardReader(source.indices)
-    try:
-        for row in range(len(index)):
-            key, width, height = str(index.keys[row]), int(index.width[row]), int(index.height[row])
-            if len(key.encode(errors="surrogateescape")) > MAX_KEY_BYTES or not key.isprintable():
-                reject(key, "name too long or not printable")
-                yield row, None
-                continue
-            if min(width, height) < config.min_side:
-                reject(key, f"smaller than min_side: {width}×{height} pixels")
-                yield row, None
-                continue
-            bucket = int(rule.assign(width, height))
-            try:
-                pixels = to_bucket(
-                    decode_image(reader.read(number, row, index.image_extension(row))), rule.buckets[bucket]
-                )
-                caption = read_caption(reader.read(number, row, "txt"))
-            except DecodeError as error:
-                reject(key, str(error))
-                yield row, None
-                continue
-            side = rule.buckets[bucket]
-            facts = {"caption": caption, "width": width, "height": height, "bucket": list(side)}
-            yield row, Raw(key, pixels, caption, bucket, facts)
-    finally:
-        reader.close()
-
-
-def _write_manifest(config: PreencodeConfig, source: ShardSet, targets: list[Path], mark: str) -> Manifest:
-    stats = [_stats(target, mark) for target in targets]
-    known = [s for s in stats if s is not None]
-    filled = [s for s in known if s["samples"]]
+def _write_manifest(
+    config: PreencodeConfig, source: ShardSet, targets: Sequence[Path], stats: list[dict[str, Any]]
+) -> Manifest:
+    filled = [s for s in stats if s["samples"]]
     if not filled:
-        raise UserError(f"{config.source}: not one sample could be encoded; see {config.out / 'rejected.jsonl'}")
+        raise UserError(f"{config.source}: not one sample could be encoded; see {config.out / '*_stats.json'}")
     positions = sum(s["positions"] for s in filled)
     mean = np.sum([s["sum"] for s in filled], axis=0) / positions
     variance = np.sum([s["squares"] for s in filled], axis=0) / positions - mean**2
-    listed = [entry for s in known for entry in s["rejected"]]
+    listed = [entry for s in stats for entry in s["rejected"]]
     with publish(config.out / "rejected.jsonl") as temporary:
         temporary.write_text("".join(json.dumps(entry) + "\n" for entry in listed))
     codec = Codec.load(config.autoencoder)
@@ -258,8 +227,10 @@ def _write_manifest(config: PreencodeConfig, source: ShardSet, targets: list[Pat
         source=source.fingerprint(),
         encoders=_encoders(config),
         **config.text.form,
-        buckets=list(buckets_for(config.resolution).buckets),
+        buckets=list(config.buckets.rule().buckets),
         dtype=config.dtype,
+        t5_dtype=config.t5_dtype,
+        captions=list(config.captions),
         scale=codec.affine.scale,
         shift=codec.affine.shift,
         latent_channels=codec.channels,
@@ -267,10 +238,10 @@ def _write_manifest(config: PreencodeConfig, source: ShardSet, targets: list[Pat
         latent_mean=mean.tolist(),
         latent_std=np.sqrt(variance).tolist(),
         empty_caption=base64.b64encode(to_bytes(text_tensors(empty), DTYPES[config.dtype])).decode(),
-        samples=sum(s["samples"] for s in known),
+        samples=sum(s["samples"] for s in stats),
         rejected=len(listed),
         shards={
-            t.name: ShardRecord(samples=s["samples"], sha256=s["sha256"]) for t, s in zip(targets, known, strict=True)
+            t.name: ShardRecord(samples=s["samples"], sha256=s["sha256"]) for t, s in zip(targets, stats, strict=True)
         },
     )
     with publish(config.out / MANIFEST) as temporary:

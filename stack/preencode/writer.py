@@ -1,4 +1,4 @@
-"""Writes one pre-encoded shard: NNNNN.tar, NNNNN.index.npz and, last, NNNNN_stats.json, each published by rename.
+"""Writes one pre-encoded shard: NNNNN.tar, its index and, last, NNNNN_stats.json, each published by rename.
 
 A shard whose stats file stands is finished; whatever a kill leaves without it is done again.
 """
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import webdataset
 
-from stack.data.schema import EncodedSample, sample_to_bytes
+from stack.data.schema import EncodedSample, T5Dtype, sample_to_bytes
 from stack.data.shards import index_shards
 from stack.files import publish
 
@@ -23,12 +23,12 @@ from stack.files import publish
 class ShardWriter:
     """Collects the samples of one output shard in order. Use `finish` to publish; without it nothing appears."""
 
-    def __init__(self, path: Path, dtype: torch.dtype):
+    def __init__(self, path: Path, dtype: torch.dtype, t5_dtype: T5Dtype = None):
         self.path = path
-        self._dtype = dtype
+        self._dtype, self._t5_dtype = dtype, t5_dtype
         self._partial = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self._partial.open("wb")  # a name would be taken for a URL if it looks like one
+        self._file = self._partial.open("w+b")  # a name would be taken for a URL if it looks like one
         self._tar = webdataset.TarWriter(self._file, mtime=0, mode=0o644)
         self._count = 0
         self._positions = 0
@@ -37,7 +37,7 @@ class ShardWriter:
 
     def add(self, key: str, sample: EncodedSample, facts: dict[str, Any]) -> None:
         """One sample; `facts` becomes KEY.json."""
-        data = sample_to_bytes(sample, self._dtype)
+        data = sample_to_bytes(sample, self._dtype, self._t5_dtype)
         self._tar.write({"__key__": key, "safetensors": data, "json": json.dumps(facts, sort_keys=True).encode()})
         self._count += 1
         values = sample.latent_mean.double().flatten(1)
@@ -51,15 +51,18 @@ class ShardWriter:
         self._tar.close()
         self._file.flush()
         os.fsync(self._file.fileno())
+        self._file.seek(0)
+        digest = hashlib.sha256()
+        while piece := self._file.read(2**24):
+            digest.update(piece)
         self._file.close()
-        digest = hashlib.sha256(self._partial.read_bytes()).hexdigest()
         os.chmod(self._partial, 0o644)
         os.replace(self._partial, self.path)
-        index_shards(self.path)
+        index_shards(self.path, rebuild=True)
         stats = {
             **facts,
             "samples": self._count,
-            "sha256": digest,
+            "sha256": digest.hexdigest(),
             "positions": self._positions,
             "sum": torch.as_tensor(self._sum).tolist(),
             "squares": torch.as_tensor(self._squares).tolist(),
@@ -74,10 +77,3 @@ class ShardWriter:
 
 def stats_path(shard: Path) -> Path:
     return shard.with_name(f"{shard.stem}_stats.json")
-
-
-def sweep(shard: Path) -> None:
-    """Remove what a killed writer of this shard left. Only under the shard's lock."""
-    for name in (f".{shard.name}.*.tmp", f".{shard.stem}*.tmp"):
-        for leftover in shard.parent.glob(name):
-            leftover.unlink(missing_ok=True)

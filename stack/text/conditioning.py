@@ -36,9 +36,13 @@ class EncodedText:
 
 @dataclass(frozen=True)
 class TextBatch:
-    """Captions padded with zeros to the longest of the batch; lengths count true tokens."""
+    """Captions padded with zeros to the longest of the batch; lengths count true tokens.
+
+    t5_scale_BL: where T5 is kept in float8, what each token is multiplied with; `to` applies it.
+    """
 
     t5_BLD: Tensor | None
+    t5_scale_BL: Tensor | None
     t5_length_B: Tensor
     clip_l_BLD: Tensor | None
     clip_g_BLD: Tensor | None
@@ -47,13 +51,18 @@ class TextBatch:
     pad: Pad
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> TextBatch:
-        """A copy on `device`; embeddings in `dtype`, lengths stay integers."""
+        """A copy on `device`; embeddings in `dtype`, lengths stay integers, float8 becomes `dtype` or float32."""
 
         def move(embedding: Tensor | None) -> Tensor | None:
-            return None if embedding is None else embedding.to(device=device, dtype=dtype)
+            return None if embedding is None else embedding.to(device=device, dtype=dtype, non_blocking=True)
 
+        t5_BLD = move(self.t5_BLD)
+        if self.t5_BLD is not None and self.t5_scale_BL is not None:  # crosses to the device in eight bits
+            scale_BL = self.t5_scale_BL.to(device)
+            t5_BLD = (self.t5_BLD.to(device).float() * scale_BL[..., None]).to(dtype or torch.float32)
         return TextBatch(
-            t5_BLD=move(self.t5_BLD),
+            t5_BLD=t5_BLD,
+            t5_scale_BL=None,
             t5_length_B=self.t5_length_B.to(device),
             clip_l_BLD=move(self.clip_l_BLD),
             clip_g_BLD=move(self.clip_g_BLD),
@@ -72,7 +81,7 @@ def collate(captions: Sequence[EncodedText], pad: Pad = "trim") -> TextBatch:
         raise ValueError(f"CLIP-L has lengths {clip_l_length_B.tolist()}, bigG {clip_g_length_B.tolist()}")
     clip_length_B = clip_l_length_B if clip_l_BLD is not None else clip_g_length_B
     pooled_BD = torch.stack([caption.pooled for caption in captions])
-    return TextBatch(t5_BLD, t5_length_B, clip_l_BLD, clip_g_BLD, clip_length_B, pooled_BD, pad)
+    return TextBatch(t5_BLD, None, t5_length_B, clip_l_BLD, clip_g_BLD, clip_length_B, pooled_BD, pad)
 
 
 def _stack(embeddings: Sequence[Tensor | None]) -> tuple[Tensor | None, Tensor]:

@@ -51,7 +51,7 @@ class AutoencoderObjective:
         self.network: nn.Module = self.codec
         odd = [side for bucket in data.sides for side in bucket if side % self.codec.factor]
         if odd:
-            raise UserError(f"data.resolution gives a side of {odd[0]}, not divisible by factor {self.codec.factor}")
+            raise UserError(f"data.buckets has a side of {odd[0]}, not divisible by factor {self.codec.factor}")
         first = next(iter(data.validation(8)), None)
         self._shown = None if first is None else first.to(device)
 

@@ -9,7 +9,8 @@ from PIL import Image
 
 from stack.data.buckets import fit
 from stack.data.images import DecodeError, decode_image, image_size, to_bucket
-from stack.data.shards import ShardReader, build_index, find_shards
+from stack.data.index import build_index
+from stack.data.shards import ShardReader, find_shards
 
 DATA = Path(__file__).parents[2].parent / "shared" / "data"
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -9,123 +10,231 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from stack.config import UserError
-from stack.data.plan import BatchPlan, Draw, StepSampler, rank_slice
+from stack.data.plan import BatchPlan, Draw, Rows, Samples, StepSampler, choose_captions, rank_slice
 
-BUCKET_SIZES = st.lists(st.sampled_from([1, 2, 3, 7, 16, 30, 61]), min_size=1, max_size=4)
-
-
-def _plan(sizes: list[int], batch_size: int, seed: int = 0) -> BatchPlan:
-    """Samples of all buckets mixed, bucket ids not consecutive."""
-    rng = np.random.default_rng(1)
-    buckets = rng.permutation(np.repeat(2 * np.arange(len(sizes)) + 1, sizes))
-    return BatchPlan(buckets, rng.integers(1, 60, len(buckets)), batch_size, seed)
+SHARD_SIZES = st.lists(st.sampled_from([0, 1, 2, 7, 16, 30, 61]), min_size=1, max_size=6).filter(any)
 
 
-def _buckets_of(sizes: list[int]) -> np.ndarray:
-    return np.random.default_rng(1).permutation(np.repeat(2 * np.arange(len(sizes)) + 1, sizes))
+class Table:
+    """Samples in memory: ids from `first`, buckets and lengths at random."""
+
+    def __init__(
+        self,
+        sizes: Sequence[int],
+        num_buckets: int = 3,
+        first: int = 0,
+        weight: float | None = None,
+        caption_weights: Sequence[float] = (1.0,),
+    ) -> None:
+        rng = np.random.default_rng(first + 1)
+        self.weight, self.caption_weights, self.size = weight, caption_weights, sum(sizes)
+        starts = first + np.cumsum([0, *sizes])
+        self._rows = [
+            Rows(
+                np.arange(start, start + size),
+                rng.integers(0, num_buckets, size),
+                rng.integers(1, 60, (size, len(caption_weights))),
+            )
+            for start, size in zip(starts.tolist(), sizes, strict=False)
+        ]
+        self.counts = np.array([np.bincount(rows.bucket, minlength=num_buckets) for rows in self._rows])
+        self.bucket = np.concatenate([rows.bucket for rows in self._rows])
+        self.length = np.concatenate([rows.caption_length for rows in self._rows])
+
+    def rows(self, shard: int) -> Rows:
+        return self._rows[shard]
 
 
-@settings(max_examples=60, deadline=None)
-@given(sizes=BUCKET_SIZES, batch_size=st.integers(1, 40), seed=st.integers(0, 2**40))
-def test_each_sample_stands_once_an_epoch(sizes: list[int], batch_size: int, seed: int) -> None:
-    """Bucket by bucket, the samples in the order of their pieces are one permutation after the other."""
-    plan, buckets = _plan(sizes, batch_size, seed), _buckets_of(sizes)
-    num_epochs, n = 3, 0
-    sequences: dict[int, dict[int, np.ndarray]] = {}
-    while (epoch := plan.epoch_of(n)) < num_epochs:
+def _plan(sizes: Sequence[int], batch_size: int, seed: int = 0, window: int = 40, num_buckets: int = 3) -> BatchPlan:
+    return BatchPlan([Table(sizes, num_buckets)], batch_size, seed, window)
+
+
+def _same(one: Samples, other: Samples) -> bool:
+    return all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    sizes=SHARD_SIZES,
+    num_buckets=st.integers(1, 5),
+    batch_size=st.integers(1, 40),
+    seed=st.integers(0, 2**40),
+    window=st.sampled_from([1, 13, 64, 10**6]),
+)
+def test_each_sample_stands_once_an_epoch(
+    sizes: list[int], num_buckets: int, batch_size: int, seed: int, window: int
+) -> None:
+    """Over three epochs and what completes their last batches, each (sample, epoch) is drawn once."""
+    table = Table(sizes, num_buckets)
+    plan = BatchPlan([table], batch_size, seed, window)
+    drawn: Counter[tuple[int, int]] = Counter()
+    n = 0
+    while plan.epoch_of(n) < 3:
         batch = plan.batch(n)
-        assert batch.shape == (batch_size,)
-        assert batch.dtype == np.int64
-        (bucket,) = set(buckets[batch].tolist())
-        piece = int(plan._batches[n - plan._num_batches(epoch)][1])
-        assert piece not in sequences.setdefault(bucket, {})
-        sequences[bucket][piece] = batch
+        assert batch.id.shape == batch.caption.shape == batch.epoch.shape == (batch_size,)
+        assert batch.id.dtype == np.int64
+        assert len(set(table.bucket[batch.id].tolist())) == 1
+        drawn.update(zip(batch.id.tolist(), batch.epoch.tolist(), strict=True))
         n += 1
-    for bucket, pieces in sequences.items():
-        members = np.flatnonzero(buckets == bucket)
-        assert sorted(pieces) == list(range(num_epochs * len(members) // batch_size))  # nothing dropped
-        drawn = np.concatenate([pieces[piece] for piece in sorted(pieces)])
-        for start in range(0, len(drawn) - len(members) + 1, len(members)):
-            assert np.array_equal(np.sort(drawn[start : start + len(members)]), members)
-        assert len(np.unique(drawn[len(drawn) // len(members) * len(members) :])) == len(drawn) % len(members)
+    assert set(drawn.values()) <= {1}
+    missing = {(sample, epoch) for sample in range(table.size) for epoch in range(3)} - drawn.keys()
+    held_back = Counter(table.bucket[sample] for sample, _ in missing)
+    assert all(count < batch_size for count in held_back.values())
+    smallest = min(table.counts.sum(0)[bucket] for bucket in range(num_buckets) if table.counts.sum(0)[bucket])
+    stop = 3 + -(-batch_size // int(smallest))
+    while missing:  # the leftovers begin their buckets' next batches
+        assert plan.epoch_of(n) <= stop
+        missing -= set(zip(plan.batch(n).id.tolist(), plan.batch(n).epoch.tolist(), strict=True))
+        n += 1
 
 
-@settings(max_examples=40, deadline=None)
-@given(sizes=BUCKET_SIZES, batch_size=st.integers(1, 30))
-def test_counts_never_differ_by_more_than_the_open_epoch(sizes: list[int], batch_size: int) -> None:
-    """Seen from outside: after all batches of E epochs every sample stood E times, but for what is held back."""
-    plan = _plan(sizes, batch_size)
-    steps = plan._num_batches(4)
-    counts = Counter(int(i) for n in range(steps) for i in plan.batch(n))
-    held_back = 4 * plan.num_samples - sum(counts.values())
-    assert 0 <= held_back < len(sizes) * batch_size
-    assert max(counts.values(), default=4) <= 4
-    assert sum(4 - counts[i] for i in range(plan.num_samples)) == held_back
-
-
-@settings(max_examples=40, deadline=None)
-@given(sizes=BUCKET_SIZES, batch_size=st.integers(1, 30), order=st.randoms(use_true_random=False))
-def test_a_batch_depends_on_n_only(sizes: list[int], batch_size: int, order: object) -> None:
-    forward = _plan(sizes, batch_size)
+@settings(max_examples=30, deadline=None)
+@given(
+    sizes=SHARD_SIZES,
+    batch_size=st.integers(1, 30),
+    window=st.sampled_from([1, 13, 64, 10**6]),
+    order=st.randoms(use_true_random=False),
+)
+def test_a_batch_depends_on_n_only(sizes: list[int], batch_size: int, window: int, order: object) -> None:
+    forward = _plan(sizes, batch_size, window=window)
     batches = [forward.batch(n) for n in range(25)]
     epochs = [forward.epoch_of(n) for n in range(25)]
     assert epochs == sorted(epochs)
     numbers = list(range(25))
     order.shuffle(numbers)  # type: ignore[attr-defined]
-    jumping = _plan(sizes, batch_size)
+    jumping = _plan(sizes, batch_size, window=window)
     for n in numbers:
-        assert np.array_equal(jumping.batch(n), batches[n])
-        assert np.array_equal(_plan(sizes, batch_size).batch(n), batches[n])
+        assert _same(jumping.batch(n), batches[n])
+        assert _same(_plan(sizes, batch_size, window=window).batch(n), batches[n])
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    sizes=st.lists(SHARD_SIZES, min_size=2, max_size=3),
+    weights=st.lists(st.floats(0.05, 5), min_size=3, max_size=3),
+    batch_size=st.integers(1, 20),
+    window=st.sampled_from([13, 64, 10**6]),
+)
+def test_mixtures_keep_to_their_weights_and_to_each_sets_epochs(
+    sizes: list[list[int]], weights: list[float], batch_size: int, window: int
+) -> None:
+    tables = [Table(one, 2, 1000 * d, weights[d]) for d, one in enumerate(sizes)]
+    plan = BatchPlan(tables, batch_size, 3, window)
+    total, shares = sum(table.size for table in tables), np.array(weights[: len(sizes)])
+    drawn: Counter[tuple[int, int]] = Counter()
+    n = 0
+    while plan.epoch_of(n) < 4:
+        batch = plan.batch(n)
+        drawn.update(zip(batch.id.tolist(), batch.epoch.tolist(), strict=True))
+        n += 1
+    assert set(drawn.values()) <= {1}  # never twice in one epoch of its data set
+    for d, table in enumerate(tables):
+        count = sum(1 for sample, _ in drawn if sample // 1000 == d)
+        expected = 4 * max(1, round(total * weights[d] / shares.sum()))
+        assert expected - 2 * batch_size < count <= expected
+        # Epoch e of a data set is begun only where its epochs before are taken, but for what is held back.
+        last = max((epoch for sample, epoch in drawn if sample // 1000 == d), default=0)
+        taken = Counter(epoch for sample, epoch in drawn if sample // 1000 == d)
+        assert sum(table.size - taken[epoch] for epoch in range(last)) < 2 * batch_size
+
+
+def test_without_weights_a_mixture_takes_each_sample_once() -> None:
+    plan = BatchPlan([Table([30, 7], 1), Table([61], 1, 1000)], 7, 0, 20)
+    seen = np.concatenate([plan.batch(n).id for n in range(14)])
+    assert sorted(seen.tolist()) == [*range(37), *range(1000, 1061)]
+    assert len({sample // 1000 for sample in plan.batch(0).id.tolist()}) == 2  # mixed within a batch
+
+
+def test_a_mixture_with_some_weights_is_refused() -> None:
+    with pytest.raises(UserError, match="a weight for each"):
+        BatchPlan([Table([3], weight=1.0), Table([3])], 2, 0)
 
 
 def test_epochs_of_a_single_bucket() -> None:
-    plan = _plan([30], 8)  # 3, 7, 11, 15 batches through the first epochs
+    plan = _plan([30], 8, num_buckets=1)  # 3, 7, 11, 15 batches through the first epochs
     assert [plan.epoch_of(n) for n in range(15)] == [0] * 3 + [1] * 4 + [2] * 4 + [3] * 4
     assert plan.epoch_of(10**9) == (8 * (10**9 + 1) - 1) // 30
 
 
 def test_far_steps_are_cheap() -> None:
-    plan = _plan([1, 61, 30], 16)
-    assert plan.batch(10**9).shape == (16,)
+    assert _plan([1, 61, 30], 16).batch(10**9).id.shape == (16,)
+
+
+def test_a_window_stays_in_few_shards() -> None:
+    """Reads stay local: the samples of some hundred steps stand in the shards of a window and the one before."""
+    plan = BatchPlan([Table([50] * 40, 1)], 10, 0, 200)
+    for first in range(0, 200, 20):
+        shards = {int(sample) // 50 for n in range(first, first + 20) for sample in plan.batch(n).id}
+        assert len(shards) <= 5
+        assert shards <= {shard for n in (first, first + 19) for _, shard in plan.shards_of(n)}
+    orders = [[shard for n in range(e, e + 200, 20) for _, shard in plan.shards_of(n)] for e in (0, 200)]
+    assert orders[0] != orders[1]
+    assert set(orders[0]) == set(orders[1]) == set(range(40))
 
 
 def test_seeds_and_epochs_differ() -> None:
-    plan, other = _plan([61], 61), _plan([61], 61, seed=1)
-    assert not np.array_equal(plan.batch(0), plan.batch(1))
-    assert not np.array_equal(plan.batch(0), other.batch(0))
-    mixed = _plan([16, 16], 2)
-    order = [[_buckets_of([16, 16])[mixed.batch(n)][0] for n in range(e, e + 16)] for e in (0, 16)]
+    plan, other = _plan([61], 61, num_buckets=1, window=100), _plan([61], 61, seed=1, num_buckets=1, window=100)
+    assert not np.array_equal(plan.batch(0).id, plan.batch(1).id)
+    assert not np.array_equal(plan.batch(0).id, other.batch(0).id)
+    table = Table([16] * 10, 2)
+    mixed = BatchPlan([table], 2, 0, 1000)
+    order = [[table.bucket[mixed.batch(n).id[0]] for n in range(e, e + 80)] for e in (0, 80)]
     assert order[0] != order[1]
     assert order[0] != sorted(order[0])
 
 
 def test_the_plan_is_the_same_on_every_machine() -> None:
     """Fixed values: a change here breaks the resume of everybody's runs."""
-    plan = BatchPlan(np.array([0, 0, 0, 0, 0, 1, 1, 1]), np.array([5, 1, 4, 2, 3, 9, 8, 7]), 2, seed=7)
-    assert [plan.batch(n).tolist() for n in range(8)] == [
-        [1, 3],
-        [7, 6],
-        [4, 2],
-        [7, 5],
-        [2, 0],
-        [0, 1],
-        [5, 6],
-        [3, 4],
-    ]
+    table = Table([5, 0, 4, 3], 2, caption_weights=(1.0, 2.0))
+    plan = BatchPlan([table, Table([4], 2, 100, caption_weights=(1.0, 2.0))], 2, seed=7, window=6)
+    batches = [plan.batch(n) for n in range(8)]
+    assert [batch.id.tolist() for batch in batches] == GOLDEN_IDS
+    assert [batch.caption.tolist() for batch in batches] == GOLDEN_CAPTIONS
+
+
+GOLDEN_IDS = [[8, 100], [7, 6], [9, 101], [5, 11], [10, 0], [4, 103], [3, 1], [102, 2]]
+GOLDEN_CAPTIONS = [[0, 1], [1, 1], [1, 1], [1, 1], [1, 1], [1, 0], [0, 0], [1, 0]]
 
 
 def test_like_lengths_stand_together() -> None:
-    lengths = np.random.default_rng(0).integers(10, 61, 4096)
-    plan = BatchPlan(np.zeros(4096, int), lengths, 16, seed=0)
-    spans = [np.ptp(lengths[plan.batch(n)]) for n in range(256)]
+    table = Table([512] * 8, 1)
+    plan = BatchPlan([table], 16, 0, 4096)
+    lengths = table.length[:, 0]
+    spans = [np.ptp(lengths[plan.batch(n).id]) for n in range(256)]
     assert np.mean(spans) < 6  # 45 in random batches
-    means = [lengths[plan.batch(n)].mean() for n in range(256)]
+    means = [lengths[plan.batch(n).id].mean() for n in range(256)]
     assert abs(np.corrcoef(means[:-1], means[1:])[0, 1]) < 0.25  # long captions are not the end of the epoch
 
 
-@settings(max_examples=40, deadline=None)
+def test_captions_are_drawn_by_weight_among_those_present() -> None:
+    id = np.arange(40_000)
+    lengths = np.ones((len(id), 3), np.int64)
+    lengths[::2, 2] = -1
+    first, again = (choose_captions(5, 0, id, lengths, (1.0, 1.0, 2.0)) for _ in range(2))
+    assert np.array_equal(first, again)
+    shares = np.bincount(first[1::2], minlength=3) / 20_000
+    np.testing.assert_allclose(shares, [0.25, 0.25, 0.5], atol=0.015)
+    np.testing.assert_allclose(np.bincount(first[::2], minlength=3) / 20_000, [0.5, 0.5, 0], atol=0.015)
+    for other in (choose_captions(5, 1, id, lengths, (1.0, 1.0, 2.0)), choose_captions(6, 0, id, lengths, (1, 1, 2))):
+        assert abs(np.mean(other[1::2] == first[1::2]) - 0.375) < 0.02  # as independent draws agree
+    alone = choose_captions(5, 0, id, lengths, (0.0, 0.0, 1.0))
+    assert set(alone[1::2].tolist()) == {2}
+    assert set(alone[::2].tolist()) == {0, 1}  # of a weight of nothing, any that is there
+
+
+def test_the_caption_of_a_sample_is_that_of_its_epoch() -> None:
+    table = Table([30], 1, caption_weights=(1.0, 1.0))
+    plan = BatchPlan([table], 10, 0)
+    for n in range(9):
+        batch = plan.batch(n)
+        expected = choose_captions(0, n // 3, batch.id, table.length[batch.id], (1.0, 1.0))
+        assert np.array_equal(batch.caption, expected)
+    assert len({tuple(plan.batch(n).caption[np.argsort(plan.batch(n).id)].tolist()) for n in (0, 3, 6)}) == 3
+
+
+@settings(max_examples=30, deadline=None)
 @given(
-    sizes=BUCKET_SIZES,
+    sizes=SHARD_SIZES,
     micro_batch_size=st.integers(1, 4),
     world=st.integers(1, 6),
     micro_batches=st.integers(1, 4),
@@ -152,37 +261,39 @@ def test_ranks_share_out_the_batch(
             union[draw.step][draw.position] = draw.sample_id
     plan = _plan(sizes, batch_size)
     for step, drawn in union.items():
-        assert [drawn[position] for position in range(batch_size)] == plan.batch(step).tolist()
+        assert [drawn[position] for position in range(batch_size)] == plan.batch(step).id.tolist()
 
 
 def test_rank_slice() -> None:
-    positions, ids = rank_slice(np.arange(100, 112), 1, 4)
+    columns = np.arange(100, 112)
+    positions, samples = rank_slice(Samples(columns, columns % 2, columns * 0), 1, 4)
     assert positions.tolist() == [1, 5, 9]
-    assert ids.tolist() == [101, 105, 109]
+    assert samples.id.tolist() == [101, 105, 109]
 
 
 def test_batch_size_that_does_not_divide_names_both() -> None:
     with pytest.raises(UserError, match=r"batch_size 30 .* 4 × 2"):
         StepSampler(_plan([30], 30), 0, 1, 0, 4, 2)
     with pytest.raises(UserError, match=r"batch_size 30 .* 4 × 1"):
-        rank_slice(np.arange(30), 0, 4)
+        rank_slice(Samples(*[np.arange(30)] * 3), 0, 4)
 
 
 def test_nothing_to_plan_is_a_user_error() -> None:
     with pytest.raises(UserError, match="no samples"):
-        BatchPlan(np.empty(0, int), np.empty(0, int), 4, 0)
+        BatchPlan([], 4, 0)
     with pytest.raises(UserError, match="batch_size"):
-        BatchPlan(np.zeros(3, int), np.zeros(3, int), 0, 0)
+        _plan([3], 0)
 
 
 class _Echo:
-    def __getitem__(self, draw: Draw) -> Draw:
-        return draw
+    def __getitems__(self, draws: list[Draw]) -> list[Draw]:
+        return draws
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_in_a_data_loader(workers: int) -> None:
-    sampler = StepSampler(_plan([7, 30], 8), 3, 9, 1, 2, 2)
+@settings(max_examples=6, deadline=None)
+@given(sizes=SHARD_SIZES, workers=st.integers(0, 2))
+def test_in_a_data_loader(sizes: list[int], workers: int) -> None:
+    sampler = StepSampler(_plan(sizes, 8), 3, 9, 1, 2, 2)
     loader = DataLoader(_Echo(), batch_sampler=sampler, num_workers=workers, collate_fn=list)  # type: ignore[arg-type]
     assert list(loader) == list(sampler)
     assert all(type(value) is int for draws in sampler for draw in draws for value in draw)

@@ -98,7 +98,7 @@ def test_a_failed_start_does_not_claim_the_folder(mmdit, stage, tmp_path):
 
 
 def test_a_folder_in_use(mmdit, stage, tmp_path):
-    from stack.files import lock
+    from stack.log import lock
 
     config = stage.train_config("used", run={"dir": str(tmp_path / "run")})
     with lock(tmp_path / "run" / ".lock"):
@@ -112,7 +112,7 @@ def test_a_preview_that_the_model_cannot_draw(mmdit, stage, tmp_path):
 
 def test_shards_of_another_configuration_are_not_overwritten(mmdit, stage):
     before = {path.name: path.read_bytes() for path in stage.encoded.glob("0*")}
-    refused(mmdit("preencode", stage.folder / "preencode.yaml", "resolution=64"), "give `out` a new folder")
+    refused(mmdit("preencode", stage.folder / "preencode.yaml", "buckets.resolution=64"), "give `out` a new folder")
     assert {path.name: path.read_bytes() for path in stage.encoded.glob("0*")} == before
 
 

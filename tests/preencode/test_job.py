@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tarfile
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
+from safetensors.torch import load
 
 from autoencoders.codec import Codec
+from stack.data.buckets import BucketConfig
 from stack.data.dataset import LatentData, LatentDataset
 from stack.data.images import decode_image, to_bucket
-from stack.data.schema import load_manifest, sample_from_bytes
+from stack.data.schema import load_manifest
 from stack.data.shards import ShardReader, ShardSet, index_shards
-from stack.files import lock
+from stack.preencode.claims import Claims
 from stack.text.encoders import TextConfig, TextEncoders
 
 ROOT = Path(__file__).parents[2]
@@ -29,7 +35,7 @@ ROOT = Path(__file__).parents[2]
 
 def contents(folder: Path) -> dict[str, bytes]:
     """All that counts: an index also says when its shard was written."""
-    return {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file() and not p.name.endswith(".npz")}
+    return {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file() and ".index." not in p.name}
 
 
 def configuration(stage, out: Path) -> Path:
@@ -61,27 +67,25 @@ def test_samples_are_what_the_encoders_say(stage):
         shard, row = source.locate(number)
         reader = ShardReader(source.indices)
         caption = reader.read(shard, row, "txt").decode()
-        sample = sample_from_bytes(ShardReader(encoded.indices).read(*encoded.locate(number), "safetensors"))
+        sample = load(ShardReader(encoded.indices).read(*encoded.locate(number), "safetensors"))
         facts = json.loads(ShardReader(encoded.indices).read(*encoded.locate(number), "json"))
         assert (facts["caption"], encoded.key(number)) == (caption, source.key(number))
         pixels = to_bucket(decode_image(reader.read(shard, row, "png")), tuple(facts["bucket"]))
         image = torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 127.5 - 1
         moments = codec.encode(image)
-        assert sample.latent_mean.dtype == torch.bfloat16
-        torch.testing.assert_close(sample.latent_mean.float(), moments.mean_BCHW[0], rtol=1e-2, atol=1e-3)
-        torch.testing.assert_close(sample.latent_logvar.float(), moments.logvar_BCHW[0], rtol=1e-2, atol=1e-3)
+        assert sample["latent_mean"].dtype == torch.bfloat16
+        torch.testing.assert_close(sample["latent_mean"].float(), moments.mean_BCHW[0], rtol=1e-2, atol=1e-3)
+        torch.testing.assert_close(sample["latent_logvar"].float(), moments.logvar_BCHW[0], rtol=1e-2, atol=1e-3)
         expected = text.encode([caption])[0]
         for name in ("t5", "clip_l", "clip_g", "pooled"):
-            torch.testing.assert_close(
-                getattr(sample.text, name).float(), getattr(expected, name), rtol=1e-2, atol=1e-2
-            )
+            torch.testing.assert_close(sample[name].float(), getattr(expected, name), rtol=1e-2, atol=1e-2)
     assert manifest.scale == codec.affine.scale
     empty = text.encode([""])[0]
     torch.testing.assert_close(manifest.empty_text.t5.float(), empty.t5, rtol=1e-2, atol=1e-2)
 
 
 def test_the_manifest_has_the_statistics_of_the_latent(stage):
-    data = LatentDataset(LatentData(path=stage.encoded, batch_size=8, validation_share=0.0), seed=0)
+    data = LatentDataset(LatentData(path=str(stage.encoded), batch_size=8, validation_share=0.0), seed=0)
     values = []
     for batch in data.loader(0, 12, 0, 1, 1):
         values.append(batch.mean_BCHW.double().transpose(0, 1).flatten(1))
@@ -112,16 +116,22 @@ def test_a_kill_and_two_workers_give_the_same_bytes(stage, tmp_path):
     assert contents(tmp_path / "out") == contents(stage.encoded)
 
 
-def test_a_shard_under_another_workers_lock_is_left_to_it(stage, tmp_path, mmdit):
-    config = configuration(stage, tmp_path / "out")
-    with lock(tmp_path / "out" / ".locks" / "00001") as mine:
+def test_a_shard_in_another_workers_hand_is_left_to_it(stage, tmp_path, mmdit):
+    """The second worker does the other shards, waits for the first, and sees it finish."""
+    config, out = configuration(stage, tmp_path / "out"), tmp_path / "out"
+    with Claims(out / ".claims").hold("00001") as mine:
         assert mine
-        done = mmdit("preencode", config)
-    assert done.returncode == 0
-    assert "other workers still have shards in hand" in done.stderr
-    assert {path.name for path in (tmp_path / "out").glob("*.tar")} == {"00000.tar", "00002.tar"}
-    assert mmdit("preencode", config).returncode == 0
-    assert contents(tmp_path / "out") == contents(stage.encoded)
+        worker = start(config)
+        deadline = time.monotonic() + 120
+        while len(list(out.glob("*_stats.json"))) < 2 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        time.sleep(2)
+        assert {path.name for path in out.glob("*.tar")} == {"00000.tar", "00002.tar"}
+        assert worker.poll() is None
+    error = worker.communicate(timeout=120)[1].decode()
+    assert worker.returncode == 0, error
+    assert f"waiting for shards of other workers: 00001 ({socket.gethostname()}, process {os.getpid()})" in error
+    assert contents(out) == contents(stage.encoded)
 
 
 def test_plain_webdataset_opens_the_shards(stage):
@@ -150,8 +160,8 @@ def test_a_shard_without_samples_is_finished_too(stage, tmp_path, mmdit):
 def test_lengths_follow_the_padding(stage, tmp_path, mmdit, pad):
     config = configuration(stage, tmp_path / "out")
     assert mmdit("preencode", config, f"text.pad={pad}", "text.t5_max_tokens=32").returncode == 0
-    lengths = ShardSet(index_shards(tmp_path / "out")).caption_length
-    assert (lengths == 77).all() if pad == "full" else (lengths < 30).all()
+    lengths = [length for index in index_shards(tmp_path / "out") for length in index.caption_length[:, 0].tolist()]
+    assert set(lengths) == {77} if pad == "full" else max(lengths) < 30
 
 
 def test_without_clip_tokens_samples_hold_the_pooled_vector_alone(stage, tmp_path, mmdit):
@@ -159,7 +169,61 @@ def test_without_clip_tokens_samples_hold_the_pooled_vector_alone(stage, tmp_pat
     assert mmdit("preencode", config, "text.clip_tokens=false").returncode == 0
     assert not load_manifest(tmp_path / "out").clip_tokens
     shards = ShardSet(index_shards(tmp_path / "out"))
-    sample = sample_from_bytes(ShardReader(shards.indices).read(*shards.locate(0), "safetensors"))
-    assert (sample.text.clip_l.shape, sample.text.clip_g.shape) == ((0, 48), (0, 80))
-    assert len(sample.text.t5) == shards.caption_length[0] > 0
-    assert sample.text.pooled.abs().sum() > 0
+    sample = load(ShardReader(shards.indices).read(*shards.locate(0), "safetensors"))
+    assert (sample["clip_l"].shape, sample["clip_g"].shape) == ((0, 48), (0, 80))
+    assert len(sample["t5"]) == shards.indices[0].caption_length[0] > 0
+    assert sample["pooled"].abs().sum() > 0
+
+
+def test_original_size_and_crop_stand_beside_the_sample(stage, tmp_path, mmdit):
+    """From KEY.json alone: the image, scaled until it covers the bucket and cropped at left and top, was encoded."""
+    sizes = [(100, 100), (100, 80), (97, 331), (200, 50), (64, 40), (41, 40)]
+    x, y = np.meshgrid(np.linspace(0, 255, 400), np.linspace(0, 255, 400))
+    images = [Image.fromarray(np.stack([x, y, 255 - x], -1).astype(np.uint8)).resize(size) for size in sizes]
+    (tmp_path / "shards").mkdir()
+    with tarfile.open(tmp_path / "shards" / "00000.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
+        for number, image in enumerate(images):
+            stream = io.BytesIO()
+            image.save(stream, "PNG")
+            for extension, data in (("png", stream.getvalue()), ("txt", b"a gradient")):
+                info = tarfile.TarInfo(f"{number}.{extension}")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    done = mmdit("preencode", configuration(stage, tmp_path / "out"), f"source={tmp_path}/shards")
+    assert done.returncode == 0, done.stderr
+
+    encoded = ShardSet(index_shards(tmp_path / "out"))
+    reader, codec, crops = ShardReader(encoded.indices), Codec.load(str(stage.codec)), []
+    for number, image in enumerate(images):
+        facts = json.loads(reader.read(*encoded.locate(number), "json"))
+        assert (facts["width"], facts["height"]) == image.size
+        (width, height), (left, top) = facts["bucket"], facts["crop"]
+        scale = max(width / image.width, height / image.height)
+        resized = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.LANCZOS)
+        pixels = np.array(resized.crop((left, top, left + width, top + height)))
+        moments = codec.encode(torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 127.5 - 1)
+        sample = load(reader.read(*encoded.locate(number), "safetensors"))
+        torch.testing.assert_close(sample["latent_mean"].float(), moments.mean_BCHW[0], rtol=2e-2, atol=1e-2)
+        crops.append((left, top))
+    assert crops == [(0, 0), (4, 0), (0, 21), (28, 0), (0, 0), (0, 0)]
+
+    stats = json.loads((tmp_path / "out" / "00000_stats.json").read_text())
+    rule = BucketConfig(resolution=32).rule()
+    assert dict(zip(rule.buckets, stats["buckets"], strict=True)) == {(32, 32): 3, (40, 24): 2, (24, 40): 1}
+    assert "32×32  ratio 1.00  3   50.0 %" in done.stderr
+
+
+def test_the_histogram_is_said_again_when_all_was_finished(stage, mmdit):
+    stats = [json.loads(path.read_text()) for path in sorted(stage.encoded.glob("*_stats.json"))]
+    counts = np.sum([s["buckets"] for s in stats], axis=0).tolist()
+    said = mmdit("preencode", stage.folder / "preencode.yaml").stderr
+    assert sum(counts) == 96
+    for (width, height), count in zip(BucketConfig(resolution=32).rule().buckets, counts, strict=True):
+        assert f"{width}×{height}  ratio {width / height:.2f}  {count}  " in said
+
+
+def test_buckets_that_contradict_themselves_are_refused(stage, mmdit):
+    settings = ("buckets.resolution=1024", "buckets.table=sdxl", "buckets.step=64")
+    done = mmdit("preencode", stage.folder / "preencode.yaml", *settings)
+    assert done.returncode == 2
+    assert "buckets: table 'sdxl' has its own sides: leave out step and max_ratio" in done.stderr

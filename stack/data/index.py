@@ -1,0 +1,326 @@
+"""The index of one shard: where each member stands, how large the image and how long the captions are.
+
+A shard is a tar of samples in WebDataset's layout, KEY.EXTENSION, either raw (an image and its .txt) or pre-encoded
+(.safetensors). With its index nobody opens the tar again to plan an epoch. Samples are joined by key inside one shard,
+never by their order, so an image cannot meet the caption of another sample, however the shard is damaged.
+
+The file is a safetensors of columns, which can be mapped into memory and cannot run code; an .npz can only be read as a
+whole. Its header alone tells counts and sizes, so ten thousand shards are planned without reading their columns.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import mmap
+import os
+import zlib
+from collections import Counter
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from stack.data import layout, safety
+from stack.data.images import image_size
+from stack.data.safety import DecodeError, Rejected
+from stack.data.tar import FILE, FOLDER, Member, read_headers
+from stack.files import publish
+
+SUFFIX = ".index.safetensors"
+_FORMAT = 2  # of the saved index: raised when its meaning changes
+_MAX_SIZES = 256  # distinct sizes that are counted in the header; photographs have too many
+_BLOCK = 512  # bytes of a tar's block: members begin at multiples of it
+_ABSENT = 2**32 - 1  # length of a member that a sample lacks
+_MAX_MEMBER = 2**32 - 2
+_DTYPES: dict[str, np.dtype] = {"U8": np.dtype("u1"), "U32": np.dtype("<u4"), "I32": np.dtype("<i4")}
+
+
+class ShardIndex:
+    """The usable samples of one shard, n of them, in the order of their first members.
+
+    url: path or URL of the shard.  size: its bytes.  version: changes when it is written again (a local file's time of
+    change in nanoseconds; what a store says, see `stack.data.remote.Stat`).
+    width, height: int32 [n]; upright pixels of a raw sample's image, cells of a pre-encoded one's latent.
+    caption_length: int32 [n, captions]; characters of a raw sample's caption, text tokens of a pre-encoded one's
+    captions, −1 for a caption that a sample lacks.
+    by_hash: uint32 [n]; rows by the crc32 of their keys.
+    sizes: (width, height) → samples, None if there are too many different ones.
+    digest: sha256 of keys, captions and where the members stand.
+    rejected: the samples left out, and why.  damage: what is wrong with the archive itself, "" if it is whole.
+
+    Columns are mapped when they are asked for, until `release`. Raises ValueError for a file that is no such index.
+    """
+
+    def __init__(self, url: str, source: Path | bytes) -> None:
+        self.url = url
+        self._source = source
+        self._buffer: mmap.mmap | bytes | None = source if isinstance(source, bytes) else None
+        try:
+            if isinstance(source, bytes):
+                head, size, stop = source, len(source), layout.header_bytes(source)
+            else:
+                with source.open("rb") as file:
+                    head, size = file.read(layout.HEAD_BYTES), os.fstat(file.fileno()).st_size
+                    stop = layout.header_bytes(head)
+                    head += file.read(max(0, stop - len(head)))
+            entries = json.loads(head[8:stop])
+            facts = json.loads(entries.pop("__metadata__")["index"])
+            if facts["format"] != _FORMAT:
+                raise ValueError(f"format {facts['format']}, expected {_FORMAT}")
+            self._columns: dict[str, tuple[np.dtype, tuple[int, ...], int]] = {
+                name: (_DTYPES[entry["dtype"]], tuple(entry["shape"]), stop + entry["data_offsets"][0])
+                for name, entry in entries.items()
+            }
+            end = stop + max(entry["data_offsets"][1] for entry in entries.values())
+            if size != end:
+                raise ValueError("cut off")
+        except (KeyError, TypeError, IndexError, ValueError) as error:
+            where = url if isinstance(source, bytes) else source
+            raise ValueError(f"{where}: not a shard index: {error}") from None
+        self.size: int = facts["size"]
+        self.version: str = facts["version"]
+        self.digest: str = facts["digest"]
+        self.damage: str = facts["damage"]
+        self.rejected = [Rejected(*pair) for pair in facts["rejected"]]
+        self.sizes = None if facts["sizes"] is None else {(w, h): count for w, h, count in facts["sizes"]}
+        self.num_captions: int = self._columns["caption_length"][1][1]
+        self.extensions = sorted(name[7:] for name in self._columns if name.startswith("length."))
+
+    def __len__(self) -> int:
+        return int(self._columns["width"][1][0])
+
+    @property
+    def name(self) -> str:
+        return self.url.rpartition("/")[2]
+
+    @property
+    def encoded(self) -> bool:
+        """Whether the shard holds pre-encoded samples."""
+        return "safetensors" in self.extensions
+
+    @property
+    def width(self) -> np.ndarray:
+        return self._column("width")
+
+    @property
+    def height(self) -> np.ndarray:
+        return self._column("height")
+
+    @property
+    def caption_length(self) -> np.ndarray:
+        return self._column("caption_length")
+
+    @property
+    def by_hash(self) -> np.ndarray:
+        return self._column("by_hash")
+
+    @property
+    def keys(self) -> list[str]:
+        return [self.key(row) for row in range(len(self))]
+
+    def key(self, row: int) -> str:
+        start, stop = self._column("key.start")[row : row + 2].tolist()
+        return self._column("key.bytes")[start:stop].tobytes().decode("utf-8", "surrogateescape")
+
+    def has(self, row: int, extension: str) -> bool:
+        return f"length.{extension}" in self._columns and bool(self._column(f"length.{extension}")[row] != _ABSENT)
+
+    def span(self, row: int, extension: str) -> tuple[int, int]:
+        """(offset from the start of the tar, length) in bytes of one member. Raises KeyError if the sample lacks it."""
+        if not self.has(row, extension):
+            raise KeyError(f"{self.url}: sample {self.key(row)!r} has no .{extension}")
+        return int(self._column(f"offset.{extension}")[row]) * _BLOCK, int(self._column(f"length.{extension}")[row])
+
+    def image_extension(self, row: int) -> str:
+        """Extension of the sample's image. Raises KeyError for a pre-encoded sample."""
+        for extension in safety.IMAGE_EXTENSIONS:
+            if self.has(row, extension):
+                return extension
+        raise KeyError(f"{self.url}: sample {self.key(row)!r} has no image")
+
+    def release(self) -> None:
+        """Let go of the mapped columns; they are mapped anew when asked for."""
+        if isinstance(self._source, Path):
+            self._buffer = None
+
+    def save(self, path: Path) -> None:
+        """Write the index, published by rename; from here on it is mapped from there."""
+        with publish(path) as temporary:
+            temporary.write_bytes(bytes(self._mapped()))
+        self._source, self._buffer = path, None
+
+    def of_version(self, version: str) -> ShardIndex:
+        """The same index for a copy of the shard that goes by another version."""
+        data = bytes(self._mapped())
+        stop = layout.header_bytes(data)
+        entries = json.loads(data[8:stop])
+        facts = {**json.loads(entries["__metadata__"]["index"]), "version": version}
+        header = json.dumps({**entries, "__metadata__": {"index": json.dumps(facts)}}).encode()
+        header += b" " * (-len(header) % 8)
+        return ShardIndex(self.url, len(header).to_bytes(8, "little") + header + data[stop:])
+
+    def _column(self, name: str) -> np.ndarray:
+        dtype, shape, start = self._columns[name]
+        return np.ndarray(shape, dtype, self._mapped(), start)
+
+    def _mapped(self) -> mmap.mmap | bytes:
+        if self._buffer is None:
+            assert isinstance(self._source, Path)
+            with self._source.open("rb") as file:
+                self._buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        return self._buffer
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_buffer": self._source if isinstance(self._source, bytes) else None}
+
+
+# ---- building
+
+
+def build_index(path: str | Path, url: str | None = None, version: str | None = None) -> ShardIndex:
+    """Index the shard at `path`, a copy of `url` in `version` if these are given.
+
+    Damage and bad samples are reported in the result; only a missing file raises (OSError). The samples that stand
+    whole before a cut stay usable. The one before the cut counts as whole if it has the same extensions as its
+    predecessor.
+    """
+    with open(path, "rb", buffering=2**20) as file:
+        stat = os.fstat(file.fileno())
+        members, damage = read_headers(file, stat.st_size)
+        groups, reasons = _group(members)
+        if damage and groups:
+            *before, last = groups
+            if not before or set(groups[last]) != set(groups[before[-1]]):
+                reasons.setdefault(last, f"incomplete: shard {damage}")
+        digest = hashlib.sha256()
+        samples: dict[str, tuple[int, int, list[int]]] = {}
+        for key, group in groups.items():
+            if key not in reasons:
+                try:
+                    width, height, lengths, content = _measure(file, group)
+                except DecodeError as error:
+                    reasons[key] = str(error)
+                    continue
+                samples[key] = (width, height, lengths)
+                spans = [(extension, member.offset, member.size) for extension, member in sorted(group.items())]
+                digest.update(json.dumps([key, spans]).encode() + content)
+    facts = {
+        "format": _FORMAT,
+        "size": stat.st_size,
+        "version": str(stat.st_mtime_ns) if version is None else version,
+        "digest": digest.hexdigest(),
+        "damage": damage,
+        "rejected": list(reasons.items()),
+    }
+    used = {key: groups[key] for key in samples}
+    return ShardIndex(str(path) if url is None else url, _serialize(facts, used, samples))
+
+
+def _serialize(
+    facts: dict[str, Any], groups: dict[str, dict[str, Member]], samples: dict[str, tuple[int, int, list[int]]]
+) -> bytes:
+    from safetensors.numpy import save
+
+    keys = [key.encode("utf-8", "surrogateescape") for key in samples]
+    hashes = np.array([zlib.crc32(key) for key in keys], np.uint32)
+    sizes = Counter((width, height) for width, height, _ in samples.values())
+    captions = max((len(lengths) for *_, lengths in samples.values()), default=1)
+    caption_length = np.full((len(samples), captions), -1, np.int32)
+    for row, (*_, lengths) in enumerate(samples.values()):
+        caption_length[row, : len(lengths)] = lengths
+    columns: dict[str, np.ndarray] = {
+        "key.bytes": np.frombuffer(b"".join(keys), np.uint8),
+        "key.start": np.cumsum([0, *map(len, keys)], dtype=np.uint32),
+        "width": np.array([width for width, _, _ in samples.values()], np.int32),
+        "height": np.array([height for _, height, _ in samples.values()], np.int32),
+        "caption_length": caption_length,
+        "by_hash": np.argsort(hashes, kind="stable").astype(np.uint32),
+    }
+    for extension in sorted({extension for group in groups.values() for extension in group}):
+        members = [group.get(extension) for group in groups.values()]
+        columns[f"offset.{extension}"] = np.array([m.offset // _BLOCK if m else 0 for m in members], np.uint32)
+        columns[f"length.{extension}"] = np.array([m.size if m else _ABSENT for m in members], np.uint32)
+    facts["sizes"] = [[*size, count] for size, count in sizes.items()] if len(sizes) <= _MAX_SIZES else None
+    return save(columns, {"index": json.dumps(facts)})
+
+
+def _group(members: list[Member]) -> tuple[dict[str, dict[str, Member]], dict[str, str]]:
+    """key → extension → member, and key → reason for the keys that must not be used."""
+    groups: dict[str, dict[str, Member]] = {}
+    reasons: dict[str, str] = {}
+    previous = None
+    for member in members:
+        key, extension = safety.split_name(member.name)
+        if member.kind == FOLDER or not extension or key.endswith("/") or not key:
+            continue  # no sample's: a folder, a README, a hidden file
+        if key in groups and key != previous:
+            reasons.setdefault(key, f"interleaved key: {member.name} stands apart from the rest of its sample")
+        group = groups.setdefault(key, {})
+        if member.kind != FILE:
+            reasons.setdefault(key, f"forbidden member: {member.name} is a {member.kind}")
+        elif refusal := safety.refuse_name(member.name):
+            reasons.setdefault(key, refusal)
+        elif extension in group:
+            reasons.setdefault(key, f"duplicate member: {member.name}")
+        elif member.size > _MAX_MEMBER:
+            reasons.setdefault(key, f"member too large: {member.name} has {member.size:,} bytes")
+        group.setdefault(extension, member)
+        previous = key
+    return groups, reasons
+
+
+def _measure(file: BinaryIO, group: dict[str, Member]) -> tuple[int, int, list[int], bytes]:
+    """(width, height, caption lengths) of one sample as `ShardIndex` tells them, and what of its content its digest
+    covers. Raises DecodeError."""
+
+    def read(member: Member, start: int = 0, length: int | None = None) -> bytes:
+        file.seek(member.offset + start)
+        return file.read(member.size - start if length is None else max(0, min(length, member.size - start)))
+
+    if encoded := group.get("safetensors"):
+        head = read(encoded, length=8)
+        header = head + read(encoded, 8, layout.header_bytes(head) - 8)
+        found = layout.parse(header)
+        if found.size != encoded.size:
+            raise DecodeError(
+                f"safetensors not readable: header tells of {found.size} bytes, the member has {encoded.size}"
+            )
+        return *found.latent, found.caption_lengths, header
+    image = next((group[extension] for extension in safety.IMAGE_EXTENSIONS if extension in group), None)
+    if image is None:
+        others = ", ".join(f".{extension}" for extension in sorted(group))
+        raise DecodeError(f"no image: only {others} (a key ends at the first dot of the name)")
+    if "txt" not in group:
+        raise DecodeError("no caption")
+    content = read(group["txt"])
+    caption = safety.read_caption(content)
+    # Through a window: Pillow reads no further than the header, and the pixels are most of a shard.
+    width, height = image_size(io.BufferedReader(_Window(file, image.offset, image.size), 2**14))
+    return width, height, [len(caption)], content
+
+
+class _Window(io.RawIOBase):
+    """A member of an open tar as a file of its own."""
+
+    def __init__(self, file: BinaryIO, start: int, size: int) -> None:
+        self._file, self._start, self._size, self._at = file, start, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
+        self._at = max(0, base + offset)
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        view = memoryview(buffer)[: max(0, self._size - self._at)]
+        self._file.seek(self._start + self._at)
+        count = self._file.readinto(view) if len(view) else 0  # type: ignore[attr-defined]
+        self._at += count
+        return count

@@ -1,0 +1,179 @@
+"""From the samples of one shard to encoded ones: threads read and decode ahead of the encoders, in order."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+
+from autoencoders.codec import Codec
+from stack import dist
+from stack.config import UserError
+from stack.data.buckets import BucketRule, fit
+from stack.data.images import decode_image, to_bucket
+from stack.data.safety import DecodeError, Rejected, read_caption
+from stack.data.schema import EncodedSample
+from stack.data.shards import ShardReader
+from stack.text.conditioning import EncodedText
+from stack.text.encoders import TextEncoders
+
+if TYPE_CHECKING:
+    from stack.preencode.job import PreencodeConfig
+
+CHUNK_BATCHES = 4
+"""Batches whose captions are sorted by length together."""
+MAX_KEY_BYTES = 80
+"""A tar's plain header holds names of 100."""
+
+
+class Raw(NamedTuple):
+    """A decoded sample. captions: one a name, None for one that it lacks."""
+
+    key: str
+    pixels: np.ndarray  # uint8 [H, W, 3]
+    captions: list[str | None]
+    bucket: int
+    facts: dict[str, Any]
+
+
+Item = Raw | Rejected
+
+
+def compute_dtype() -> torch.dtype:
+    return torch.bfloat16 if dist.device().type == "cuda" else torch.float32
+
+
+class Encoders:
+    """The frozen networks, on this process's device. seconds: spent inside them so far."""
+
+    def __init__(self, config: PreencodeConfig):
+        self.device = dist.device()
+        self.dtype = compute_dtype()
+        self.codec = Codec.load(config.autoencoder, self.dtype).to(self.device)
+        self.text = TextEncoders(config.text, self.device, self.dtype)
+        self.rule = config.buckets.rule()
+        self.batch_size = config.batch_size
+        self.seconds = 0.0
+        odd = [side for bucket in self.rule.buckets for side in bucket if side % self.codec.factor]
+        if odd:
+            raise UserError(
+                f"buckets: a side of {odd[0]} pixels is not divisible by the autoencoder's factor {self.codec.factor}"
+            )
+
+    @torch.inference_mode()
+    def encode(self, chunk: list[Raw]) -> list[EncodedSample | None]:
+        """The samples of `chunk`, in order; None where the two CLIPs cut a caption differently."""
+        began = time.monotonic()
+        moments: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        for bucket in sorted({raw.bucket for raw in chunk}):
+            members = [i for i, raw in enumerate(chunk) if raw.bucket == bucket]
+            for start in range(0, len(members), self.batch_size):
+                rows = members[start : start + self.batch_size]
+                pixels = torch.from_numpy(np.stack([chunk[i].pixels for i in rows])).to(self.device)
+                image_BCHW = pixels.permute(0, 3, 1, 2).to(self.dtype) / 127.5 - 1
+                mean, logvar = self.codec.encode(image_BCHW)
+                moments.update({i: (mean[row].cpu(), logvar[row].cpu()) for row, i in enumerate(rows)})
+        present = [caption for raw in chunk for caption in raw.captions if caption is not None]
+        encoded = iter(self.text.encode(present))
+        samples: list[EncodedSample | None] = []
+        for i, raw in enumerate(chunk):
+            texts: list[EncodedText | None] = [None if c is None else next(encoded) for c in raw.captions]
+            fits = all(text is None or text.fits() for text in texts)
+            samples.append(EncodedSample(*moments[i], texts) if fits else None)
+        self.seconds += time.monotonic() - began
+        return samples
+
+
+def read_samples(
+    config: PreencodeConfig, rule: BucketRule, reader: ShardReader, shard: int, rows: Iterable[int] | None = None
+) -> Iterator[Item]:
+    """The samples of one source shard, or of some of its rows, in order; decoded by threads, a few batches ahead."""
+    index = reader.indices[shard]
+    if not len(index):
+        return
+    reader.handle(shard)  # opened (fetched, if remote) once: the threads below only read by offset
+
+    def load(row: int) -> Item:
+        key, width, height = index.key(row), int(index.width[row]), int(index.height[row])
+        if len(key.encode(errors="surrogateescape")) > MAX_KEY_BYTES or not key.isprintable():
+            return Rejected(key, "name too long or not printable")
+        if min(width, height) < config.min_side:
+            return Rejected(key, f"smaller than min_side: {width}×{height} pixels")
+        bucket = int(rule.assign(width, height))
+        side = rule.buckets[bucket]
+        try:
+            pixels = to_bucket(decode_image(reader.read(shard, row, index.image_extension(row))), side)
+            captions = _captions(config.captions, reader, shard, row)
+        except DecodeError as error:
+            return Rejected(key, str(error))
+        _, (left, top, *_) = fit(width, height, side)
+        facts: dict[str, Any] = {"caption": captions[0], "bucket": list(side), "crop": [left, top]}
+        facts |= {"width": width, "height": height}
+        if len(captions) > 1:
+            facts["captions"] = {name: c for name, c in zip(config.captions, captions, strict=True) if c is not None}
+        return Raw(key, pixels, captions, bucket, facts)
+
+    ahead = 2 * CHUNK_BATCHES * config.batch_size
+    with ThreadPoolExecutor(max(1, config.decoders)) as threads:
+        order = iter(range(len(index)) if rows is None else rows)
+        pending = deque(threads.submit(load, row) for row in islice(order, ahead))
+        try:
+            while pending:
+                item = pending.popleft().result()
+                for row in islice(order, 1):
+                    pending.append(threads.submit(load, row))
+                yield item
+        finally:
+            for future in pending:
+                future.cancel()
+
+
+def _captions(places: dict[str, str], reader: ShardReader, shard: int, row: int) -> list[str | None]:
+    """One caption a name; the first must be there. Raises DecodeError."""
+    fields: Any = {}
+    if any(place != "txt" for place in places.values()) and reader.indices[shard].has(row, "json"):
+        try:
+            fields = json.loads(reader.read(shard, row, "json"))
+        except (ValueError, RecursionError) as error:
+            raise DecodeError(f"JSON not readable: {' '.join(str(error).split())}") from None
+    captions: list[str | None] = []
+    for place in places.values():
+        if place == "txt":
+            captions.append(read_caption(reader.read(shard, row, "txt")))
+        else:
+            value = fields.get(place[5:]) if isinstance(fields, dict) else None
+            captions.append(value.strip() or None if isinstance(value, str) else None)
+    if captions[0] is None:
+        raise DecodeError(f"no caption: {next(iter(places.values()))} is missing")
+    return captions
+
+
+def overlapped(
+    items: Iterator[Item], encoders: Encoders, chunk_size: int
+) -> Iterator[list[tuple[Item, EncodedSample | None]]]:
+    """The items with what the encoders made of them, in order, a chunk at a time.
+
+    The encoders run in a thread of their own, a chunk ahead, so that what the caller does with a chunk (serialise,
+    write) takes none of their time.
+    """
+
+    def encode(chunk: list[Item]) -> list[tuple[Item, EncodedSample | None]]:
+        encoded = iter(encoders.encode([item for item in chunk if isinstance(item, Raw)]))
+        return [(item, next(encoded) if isinstance(item, Raw) else None) for item in chunk]
+
+    with ThreadPoolExecutor(1) as thread:
+        ahead: Future[list[tuple[Item, EncodedSample | None]]] | None = None
+        while chunk := list(islice(items, chunk_size)):
+            following = thread.submit(encode, chunk)
+            if ahead is not None:
+                yield ahead.result()
+            ahead = following
+        if ahead is not None:
+            yield ahead.result()
