@@ -63,10 +63,15 @@ def world_size() -> int:
     return tdist.get_world_size() if tdist.is_initialized() else 1
 
 
+def local_rank() -> int:
+    """This process's number among those of its node."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
 def device() -> torch.device:
     """The accelerator of this process, or the CPU."""
     if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        return torch.device("cuda", local_rank())
     return torch.device("cpu")
 
 

@@ -6,6 +6,8 @@ Shapes: B batch · C channels · H W height, width (pixels of an image, or posit
 from __future__ import annotations
 
 import signal
+import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -24,7 +26,7 @@ from stack.data import latents, safety
 from stack.data.buckets import BucketConfig, BucketRule, unfilled
 from stack.data.images import decode_image, to_bucket
 from stack.data.plan import WINDOW, BatchPlan, Draw, Rows, StepSampler
-from stack.data.remote import CacheConfig, ShardCache
+from stack.data.remote import CacheConfig, ShardCache, Stat
 from stack.data.safety import DecodeError, Rejected, RejectLog
 from stack.data.schema import load_manifest
 from stack.data.shards import ShardReader, ShardSet, index_shards
@@ -219,6 +221,8 @@ class ShardData(Dataset):
     def loader(self, start: int, stop: int, rank: int, world: int, micro_batches: int) -> Iterable[Any]:
         """This rank's micro-batches of steps start…stop, `micro_batches` a step."""
         sampler = StepSampler(self.plan, start, stop, rank, world, micro_batches)
+        if any(remote.is_remote(index.url) for index in self.shards.indices) and dist.local_rank() == 0:
+            threading.Thread(target=self._fetch_ahead, args=(sampler,), daemon=True).start()
         return DataLoader(
             self,
             batch_sampler=sampler,
@@ -226,6 +230,25 @@ class ShardData(Dataset):
             num_workers=self.config.workers,
             worker_init_fn=_leave_signals_to_the_rank,
         )
+
+    def _fetch_ahead(self, sampler: StepSampler) -> None:
+        """Bring the shards of the window behind the sampler's into the node's cache while that one is trained on."""
+        plan = BatchPlan(self._tables, self.plan.batch_size, self.plan.seed, self.config.window)  # of this thread alone
+        firsts = np.cumsum([0, *(len(table.counts) for table in self._tables)])
+        window, last = plan.window_of(sampler.steps.start), plan.window_of(max(sampler.steps, default=0))
+        while window < last:
+            window += 1
+            both = {firsts[d] + shard for near in (window - 1, window) for d, shard in plan.shards_of(near)}
+            if sum(self.shards.indices[shard].size for shard in both) > self._cache.max_bytes:
+                return  # they would push out what is being read
+            while plan.window_of(sampler.step) < window - 1:
+                time.sleep(1)
+            for number, shard in plan.shards_of(window):
+                index = self.shards.indices[firsts[number] + shard]
+                try:
+                    self._cache.fetch(index.url, Stat(index.size, index.version))
+                except (UserError, OSError):
+                    return  # whoever needs the shard says so
 
     def validation(self, batch_size: int) -> Iterator[Any]:
         """The held-out samples in a fixed order, batches of one bucket; positions count over the whole set."""

@@ -22,7 +22,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from stack.data import layout, safety
+from stack.data import layout, mlperf, safety
 from stack.data.images import image_size
 from stack.data.safety import DecodeError, Rejected
 from stack.data.tar import FILE, FOLDER, Member, read_headers
@@ -288,6 +288,9 @@ def _measure(file: BinaryIO, group: dict[str, Member]) -> tuple[int, int, list[i
                 f"safetensors not readable: header tells of {found.size} bytes, the member has {encoded.size}"
             )
         return *found.latent, found.caption_lengths, header
+    if any(extension in group for extension in mlperf.EXTENSIONS):
+        side, tokens = mlperf.measure({extension: member.size for extension, member in group.items()})
+        return side * mlperf.FACTOR, side * mlperf.FACTOR, [tokens], b""
     image = next((group[extension] for extension in safety.IMAGE_EXTENSIONS if extension in group), None)
     if image is None:
         others = ", ".join(f".{extension}" for extension in sorted(group))

@@ -106,7 +106,7 @@ class BatchPlan:
 
     def batch(self, n: int) -> Samples:
         """Global batch `n`: batch_size samples of one bucket."""
-        window = self._window_of(n)
+        window = self.window_of(n)
         first = int(self._pieces(window).sum())
         bucket, piece = self._cache.get(("batches", window), lambda: self._batches(window))[n - first]
         start, stop = piece * self.batch_size, (piece + 1) * self.batch_size
@@ -122,11 +122,10 @@ class BatchPlan:
 
     def epoch_of(self, n: int) -> int:
         """The epoch, from 0, that yields batch `n`."""
-        return self._window_of(n) // self._windows
+        return self.window_of(n) // self._windows
 
-    def shards_of(self, n: int) -> list[tuple[int, int]]:
-        """(data set, shard) of all samples in the window that yields batch `n`, in the order of reading."""
-        window = self._window_of(n)
+    def shards_of(self, window: int) -> list[tuple[int, int]]:
+        """(data set, shard) of all samples of a window."""
         return [
             (number, shard)
             for number, (one, quota) in enumerate(zip(self._sets, self._quotas, strict=True))
@@ -151,7 +150,8 @@ class BatchPlan:
         """Batches of each bucket in all windows before this one, int64 [buckets]."""
         return self._before(window) // self.batch_size
 
-    def _window_of(self, n: int) -> int:
+    def window_of(self, n: int) -> int:
+        """The window that yields batch `n`; never less than that of an earlier batch."""
         assert n >= 0, n
         # A bucket holds back less than one batch, so all of them together less than one each.
         first, last = n * self.batch_size, (n + 1 + self._num_buckets) * self.batch_size
@@ -333,6 +333,8 @@ class StepSampler:
         check_division(plan.batch_size, world, micro_batches)
         self.plan = plan
         self.steps = range(start_step, stop_step)
+        self.step = start_step
+        """The last step that was asked for."""
         self.rank, self.world, self.micro_batches = rank, world, micro_batches
 
     def __len__(self) -> int:
@@ -340,7 +342,8 @@ class StepSampler:
 
     def __iter__(self) -> Iterator[list[Draw]]:
         micro_batch_size = self.plan.batch_size // (self.world * self.micro_batches)
-        for step in self.steps:
+        for self.step in self.steps:
+            step = self.step
             positions, samples = rank_slice(self.plan.batch(step), self.rank, self.world)
             columns = positions.tolist(), samples.id.tolist(), samples.caption.tolist()
             draws = [Draw(step, *values) for values in zip(*columns, strict=True)]

@@ -21,6 +21,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt, field_validator
 from autoencoders.codec import Codec, fingerprint
 from stack import config as configuration
 from stack.config import Config, UserError
+from stack.data import mlperf
 from stack.data.buckets import BucketConfig, histogram
 from stack.data.dataset import check_budget
 from stack.data.remote import CacheConfig, ShardCache, is_remote
@@ -105,7 +106,10 @@ def _work(config: PreencodeConfig, source: ShardSet, reader: ShardReader, target
     rejected: list[Rejected] = [broken for index in source.indices for broken in index.rejected]
     total = source.num_samples + len(rejected)
     check_budget(rejected, total, config.max_rejected)
-    claims, encoders, began = Claims(config.out / ".claims"), Encoders(config), time.monotonic()
+    encoders = Encoders(config)
+    if any(mlperf.EXTENSIONS[0] in index.extensions for index in source.indices):
+        _check_form(config, source, encoders)
+    claims, began = Claims(config.out / ".claims"), time.monotonic()
     left = {number: target for number, target in enumerate(targets) if _stats(target, mark) is None}
     done = source.num_samples - sum(len(source.indices[number]) for number in left)
     waiting_said = False
@@ -131,6 +135,21 @@ def _work(config: PreencodeConfig, source: ShardSet, reader: ShardReader, target
     wall = time.monotonic() - began
     if encoders.seconds:
         say(f"{config.out}: {wall:.1f} s, {100 * encoders.seconds / wall:.1f} % of them inside the encoders")
+
+
+def _check_form(config: PreencodeConfig, source: ShardSet, encoders: Encoders) -> None:
+    """UserError unless the configuration names encoders and a form of captions that can have made MLPerf's samples."""
+    tokens = {int(length) for index in source.indices[:1] for length in index.caption_length[:1, 0]}
+    form = {"pad": "full", "t5_max_tokens": max(tokens, default=256), "clip_tokens": False}
+    odd = [f"text.{key}={value}" for key, value in form.items() if config.text.form[key] != value]
+    if config.text.t5 is None or config.text.clip_l is None or config.text.clip_g is not None:
+        odd.append("text.t5 and text.clip_l, no text.clip_g")
+    elif encoders.text.dims != {"t5": mlperf.T5_DIM, "clip_l": mlperf.CLIP_DIM}:
+        odd.append(f"encoders {mlperf.T5_DIM} and {mlperf.CLIP_DIM} wide, not {encoders.text.dims}")
+    if (encoders.codec.channels, encoders.codec.factor) != (mlperf.CHANNELS, mlperf.FACTOR):
+        odd.append(f"an autoencoder of {mlperf.CHANNELS} channels and factor {mlperf.FACTOR}")
+    if odd:
+        raise UserError(f"{config.source}: MLPerf's samples need {', '.join(odd)}")
 
 
 def _mark(config: PreencodeConfig, source: ShardSet) -> str:

@@ -16,6 +16,7 @@ import torch
 from autoencoders.codec import Codec
 from stack import dist
 from stack.config import UserError
+from stack.data import mlperf
 from stack.data.buckets import BucketRule, fit
 from stack.data.images import decode_image, to_bucket
 from stack.data.safety import DecodeError, Rejected, read_caption
@@ -34,13 +35,14 @@ MAX_KEY_BYTES = 80
 
 
 class Raw(NamedTuple):
-    """A decoded sample. captions: one a name, None for one that it lacks."""
+    """A decoded sample. captions: one a name, None for one that it lacks.  ready: one that came encoded."""
 
     key: str
     pixels: np.ndarray  # uint8 [H, W, 3]
     captions: list[str | None]
     bucket: int
     facts: dict[str, Any]
+    ready: EncodedSample | None = None
 
 
 Item = Raw | Rejected
@@ -72,18 +74,22 @@ class Encoders:
         """The samples of `chunk`, in order; None where the two CLIPs cut a caption differently."""
         began = time.monotonic()
         moments: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        for bucket in sorted({raw.bucket for raw in chunk}):
-            members = [i for i, raw in enumerate(chunk) if raw.bucket == bucket]
+        fresh = [i for i, raw in enumerate(chunk) if raw.ready is None]
+        for bucket in sorted({chunk[i].bucket for i in fresh}):
+            members = [i for i in fresh if chunk[i].bucket == bucket]
             for start in range(0, len(members), self.batch_size):
                 rows = members[start : start + self.batch_size]
                 pixels = torch.from_numpy(np.stack([chunk[i].pixels for i in rows])).to(self.device)
                 image_BCHW = pixels.permute(0, 3, 1, 2).to(self.dtype) / 127.5 - 1
                 mean, logvar = self.codec.encode(image_BCHW)
                 moments.update({i: (mean[row].cpu(), logvar[row].cpu()) for row, i in enumerate(rows)})
-        present = [caption for raw in chunk for caption in raw.captions if caption is not None]
+        present = [caption for i in fresh for caption in chunk[i].captions if caption is not None]
         encoded = iter(self.text.encode(present))
         samples: list[EncodedSample | None] = []
         for i, raw in enumerate(chunk):
+            if raw.ready is not None:
+                samples.append(raw.ready)
+                continue
             texts: list[EncodedText | None] = [None if c is None else next(encoded) for c in raw.captions]
             fits = all(text is None or text.fits() for text in texts)
             samples.append(EncodedSample(*moments[i], texts) if fits else None)
@@ -109,6 +115,8 @@ def read_samples(
         bucket = int(rule.assign(width, height))
         side = rule.buckets[bucket]
         try:
+            if index.has(row, mlperf.EXTENSIONS[0]):
+                return _ready(reader, shard, row, bucket, side)
             pixels = to_bucket(decode_image(reader.read(shard, row, index.image_extension(row))), side)
             captions = _captions(config.captions, reader, shard, row)
         except DecodeError as error:
@@ -135,20 +143,36 @@ def read_samples(
                 future.cancel()
 
 
+def _ready(reader: ShardReader, shard: int, row: int, bucket: int, side: tuple[int, int]) -> Item:
+    index = reader.indices[shard]
+    key, size = index.key(row), (int(index.width[row]), int(index.height[row]))
+    if size != side:
+        return Rejected(key, f"encoded at {size[0]}×{size[1]} pixels, which is no bucket")
+    sample = mlperf.decode({extension: reader.read(shard, row, extension) for extension in mlperf.EXTENSIONS})
+    caption = _fields(reader, shard, row).get("caption")
+    return Raw(key, np.empty(0, np.uint8), [], bucket, {"caption": caption, "bucket": list(side)}, sample)
+
+
+def _fields(reader: ShardReader, shard: int, row: int) -> dict[str, Any]:
+    """KEY.json, empty if the sample has none. Raises DecodeError."""
+    if not reader.indices[shard].has(row, "json"):
+        return {}
+    try:
+        fields = json.loads(reader.read(shard, row, "json"))
+    except (ValueError, RecursionError) as error:
+        raise DecodeError(f"JSON not readable: {' '.join(str(error).split())}") from None
+    return fields if isinstance(fields, dict) else {}
+
+
 def _captions(places: dict[str, str], reader: ShardReader, shard: int, row: int) -> list[str | None]:
     """One caption a name; the first must be there. Raises DecodeError."""
-    fields: Any = {}
-    if any(place != "txt" for place in places.values()) and reader.indices[shard].has(row, "json"):
-        try:
-            fields = json.loads(reader.read(shard, row, "json"))
-        except (ValueError, RecursionError) as error:
-            raise DecodeError(f"JSON not readable: {' '.join(str(error).split())}") from None
+    fields = _fields(reader, shard, row) if any(place != "txt" for place in places.values()) else {}
     captions: list[str | None] = []
     for place in places.values():
         if place == "txt":
             captions.append(read_caption(reader.read(shard, row, "txt")))
         else:
-            value = fields.get(place[5:]) if isinstance(fields, dict) else None
+            value = fields.get(place[5:])
             captions.append(value.strip() or None if isinstance(value, str) else None)
     if captions[0] is None:
         raise DecodeError(f"no caption: {next(iter(places.values()))} is missing")

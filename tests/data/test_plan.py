@@ -166,8 +166,9 @@ def test_a_window_stays_in_few_shards() -> None:
     for first in range(0, 200, 20):
         shards = {int(sample) // 50 for n in range(first, first + 20) for sample in plan.batch(n).id}
         assert len(shards) <= 5
-        assert shards <= {shard for n in (first, first + 19) for _, shard in plan.shards_of(n)}
-    orders = [[shard for n in range(e, e + 200, 20) for _, shard in plan.shards_of(n)] for e in (0, 200)]
+        windows = range(plan.window_of(first) - 1, plan.window_of(first + 19) + 1)
+        assert shards <= {shard for window in windows if window >= 0 for _, shard in plan.shards_of(window)}
+    orders = [[shard for window in range(e, e + 10) for _, shard in plan.shards_of(window)] for e in (0, 10)]
     assert orders[0] != orders[1]
     assert set(orders[0]) == set(orders[1]) == set(range(40))
 

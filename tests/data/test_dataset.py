@@ -1,0 +1,240 @@
+"""Batches of pre-encoded samples: every tensor as it was stored, whatever the shards, mixtures and captions."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import tarfile
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load
+
+from stack.config import UserError
+from stack.data import mlperf
+from stack.data.dataset import LatentBatch, LatentData, LatentDataset
+from stack.data.remote import CacheConfig
+from stack.data.schema import load_manifest, to_float8
+from stack.data.shards import ShardReader
+from stack.text.encoders import TextConfig, TextEncoders
+
+
+def dataset(path: Any, **keys: Any) -> LatentDataset:
+    path = path if isinstance(path, dict) else str(path)
+    return LatentDataset(LatentData(path=path, **{"batch_size": 8, "max_validation": 8, **keys}), seed=0)
+
+
+def batches(data: LatentDataset, steps: int, rank: int = 0, world: int = 1) -> list[LatentBatch]:
+    return list(data.loader(0, steps, rank, world, 1))
+
+
+def stored(data: LatentDataset) -> dict[str, dict[str, torch.Tensor]]:
+    """key → tensors, read by the safetensors library."""
+    reader = ShardReader(data.shards.indices)
+    return {
+        data.shards.key(sample): load(reader.read(*data.shards.locate(sample), "safetensors"))
+        for sample in range(data.shards.num_samples)
+    }
+
+
+def texts(batch: LatentBatch, at: int) -> dict[str, torch.Tensor]:
+    t5, clip = int(batch.text.t5_length_B[at]), int(batch.text.clip_length_B[at])
+    assert batch.text.t5_BLD is not None
+    assert batch.text.clip_l_BLD is not None
+    assert batch.text.clip_g_BLD is not None
+    assert batch.text.t5_BLD.shape[1] == max(batch.text.t5_length_B)
+    assert batch.text.clip_g_BLD.shape[1] == max(batch.text.clip_length_B)
+    for padded, length in ((batch.text.t5_BLD, t5), (batch.text.clip_l_BLD, clip), (batch.text.clip_g_BLD, clip)):
+        assert not padded[at, length:].any()
+    return {
+        "t5": batch.text.t5_BLD[at, :t5],
+        "clip_l": batch.text.clip_l_BLD[at, :clip],
+        "clip_g": batch.text.clip_g_BLD[at, :clip],
+        "pooled": batch.text.pooled_BD[at],
+    }
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_hold_what_is_stored(stage, workers):
+    data = dataset(stage.encoded, workers=workers)
+    truth, seen = stored(data), []
+    steps = next(n for n in range(99) if data.plan.epoch_of(n) > 0)
+    for batch in batches(data, steps):
+        for at, key in enumerate(batch.keys):
+            assert torch.equal(batch.mean_BCHW[at], truth[key]["latent_mean"])
+            assert torch.equal(batch.logvar_BCHW[at], truth[key]["latent_logvar"])
+            for name, value in texts(batch, at).items():
+                assert torch.equal(value, truth[key][name]), name
+        seen += batch.keys
+    assert len(set(seen)) == len(seen) > 93 - 3 * 8  # three buckets hold back less than a batch each
+    held_out = {key for batch in data.validation(3) for key in batch.keys}
+    assert len(held_out) == 3  # 3 % of 96
+    assert not held_out & set(seen)
+
+
+def test_ranks_and_restarts_see_the_same_batches(stage):
+    whole = batches(dataset(stage.encoded), 6)
+    halves = [batches(dataset(stage.encoded), 6, rank, 2) for rank in (0, 1)]
+    for step, batch in enumerate(whole):
+        parts = [half[step] for half in halves]
+        assert sorted(p for part in parts for p in part.positions) == batch.positions
+        assert {k for part in parts for k in part.keys} == set(batch.keys)
+    late = list(dataset(stage.encoded).loader(4, 6, 0, 1, 1))
+    assert [batch.keys for batch in late] == [batch.keys for batch in whole[4:]]
+
+
+def write_source(folder: Path, fields: list[dict[str, Any]]) -> Path:
+    folder.mkdir()
+    picture = io.BytesIO()
+    from PIL import Image
+
+    with tarfile.open(folder / "00000.tar", "w") as tar:
+        for number, field in enumerate(fields):
+            picture = io.BytesIO()
+            Image.new("RGB", (32, 32), (number, 99, 5)).save(picture, "PNG")
+            members = {
+                "png": picture.getvalue(),
+                "txt": f"number {number}".encode(),
+                "json": json.dumps(field).encode(),
+            }
+            for extension, data in members.items():
+                info = tarfile.TarInfo(f"{number:04}.{extension}")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    return folder
+
+
+def preencode(stage, mmdit, out: Path, *overrides: str) -> Path:
+    done = mmdit("preencode", stage.folder / "preencode.yaml", f"out={out}", *overrides)
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+def test_of_several_captions_each_epoch_draws_one(stage, tmp_path, mmdit):
+    longs = [f"a much longer caption about the number {number}" for number in range(40)]
+    source = write_source(tmp_path / "raw", [{"long": long} if at % 4 else {} for at, long in enumerate(longs)])
+    out = preencode(stage, mmdit, tmp_path / "out", f"source={source}", "captions={short: txt, long: json.long}")
+    assert load_manifest(out).captions == ["short", "long"]
+    data = dataset(out, validation_share=0, captions={"short": 1, "long": 3})
+    encoder = TextEncoders(TextConfig(**{name: str(stage.encoders / name) for name in ("t5", "clip_l", "clip_g")}))
+    expected = [encoder.encode([f"number {at}", long]) for at, long in enumerate(longs)]
+    chosen: dict[str, list[int]] = {}
+    for batch in batches(data, 50):  # ten epochs
+        for at, key in enumerate(batch.keys):
+            pair = [text.t5.bfloat16() for text in expected[int(key)]]
+            found = texts(batch, at)["t5"]
+            which = int(len(found) == len(pair[1]))
+            torch.testing.assert_close(found, pair[which], rtol=1e-2, atol=1e-2)
+            chosen.setdefault(key, []).append(which)
+    assert {len(drawn) for drawn in chosen.values()} == {10}
+    assert not any(which for key, drawn in chosen.items() if int(key) % 4 == 0 for which in drawn)
+    share = np.mean([which for key, drawn in chosen.items() if int(key) % 4 for which in drawn])
+    assert abs(share - 0.75) < 0.08
+    index = data.shards.indices[0]
+    assert index.caption_length.shape == (40, 2)
+    assert (index.caption_length[::4, 1] == -1).all()
+    with pytest.raises(UserError, match=r"no caption 'blip', it has short, long"):
+        dataset(out, captions={"blip": 1})
+
+
+def test_a_first_caption_that_is_missing_costs_the_sample(stage, tmp_path, mmdit):
+    source = write_source(tmp_path / "raw", [{"long": "x" if at else 7} for at in range(30)])
+    out = preencode(stage, mmdit, tmp_path / "out", f"source={source}", "captions={long: json.long}")
+    assert load_manifest(out).samples == 29
+    assert "no caption: json.long is missing" in (out / "rejected.jsonl").read_text()
+
+
+def test_float8_t5_has_half_the_bytes_and_the_same_direction(stage, tmp_path, mmdit):
+    out = preencode(stage, mmdit, tmp_path / "out", "t5_dtype=float8")
+    plain, eighth = dataset(stage.encoded), dataset(out)
+    truth = stored(eighth)
+    for one, other in zip(batches(plain, 5), batches(eighth, 5), strict=True):
+        assert one.keys == other.keys
+        assert other.text.t5_BLD is not None
+        assert other.text.t5_BLD.dtype == torch.float8_e4m3fn
+        assert torch.equal(other.text.t5_BLD[0, :3].float(), truth[other.keys[0]]["t5"][:3].float())
+        exact, rounded = one.to(torch.device("cpu")).text.t5_BLD, other.to(torch.device("cpu")).text.t5_BLD
+        assert exact is not None
+        assert rounded is not None
+        mask = torch.arange(exact.shape[1]) < one.text.t5_length_B[:, None]
+        cosine = torch.nn.functional.cosine_similarity(exact.float(), rounded.float(), dim=-1)
+        assert cosine[mask].min() > 0.999
+        assert not rounded[~mask].any()
+
+
+def test_float8_keeps_tokens_of_any_scale():
+    """T5-XXL has channels a hundred times as large as the rest; a scale a token keeps directions all the same."""
+    embedding = torch.randn(64, 4096, generator=torch.Generator().manual_seed(0))
+    embedding[:, 7] *= 300
+    embedding *= torch.logspace(-6, 6, 64)[:, None]
+    stored_LD, scale_L = to_float8(embedding)
+    restored = stored_LD.float() * scale_L[:, None]
+    assert torch.nn.functional.cosine_similarity(embedding, restored, dim=-1).min() > 0.999
+    assert (to_float8(torch.zeros(2, 8))[0].float() == 0).all()
+
+
+def test_mixtures_of_data_sets(stage, tmp_path):
+    """Two sets, told apart by their keys: weights decide how often each is drawn."""
+    other = tmp_path / "other"
+    shutil.copytree(stage.encoded, other)
+    data = dataset({str(stage.encoded): 3.0, str(other): 1.0}, validation_share=0)
+    first = len(data.shards.indices) // 2
+    drawn = [data.shards.locate(int(id))[0] >= first for n in range(24) for id in data.plan.batch(n).id]
+    assert np.mean(drawn) == 0.25
+    assert all(0 < sum(drawn[at : at + 24]) < 24 for at in range(0, 192, 24))
+    manifest = json.loads((other / "manifest.json").read_text())
+    (other / "manifest.json").write_text(json.dumps({**manifest, "scale": 9.0}))
+    with pytest.raises(UserError, match=r"encoded and .*other differ in scale: .* and 9.0"):
+        dataset({str(stage.encoded): 3.0, str(other): 1.0})
+
+
+def test_mlperf_shards_are_a_source(stage, tmp_path, mmdit, monkeypatch):
+    """The layout at the widths of the small encoders: what is written holds the same numbers."""
+    for name, value in {"CHANNELS": 4, "T5_DIM": 128, "CLIP_DIM": 48, "FACTOR": 4}.items():
+        monkeypatch.setattr(mlperf, name, value)
+    generator, truth = torch.Generator().manual_seed(0), {}
+    (tmp_path / "raw").mkdir()
+    with tarfile.open(tmp_path / "raw" / "00000.tar", "w") as tar:
+        for number in range(12):
+            shapes = {"mean": (4, 8, 8), "logvar": (4, 8, 8), "t5": (16, 128), "clip": (48,)}
+            tensors = {name: torch.randn(shape, generator=generator).bfloat16() for name, shape in shapes.items()}
+            truth[f"{number:04}"] = tensors
+            members = {f"{name}.bytes": bytes(t.view(torch.uint8).flatten().tolist()) for name, t in tensors.items()}
+            if number == 5:
+                members["t5.bytes"] = members["t5.bytes"][:-1]
+            for extension, data in {"json": b'{"caption": "a cat"}', **members}.items():
+                info = tarfile.TarInfo(f"{number:04}.{extension}")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    overrides = (f"source={tmp_path}/raw", "max_rejected=0.1", "text.pad=full", "text.clip_tokens=false")
+    wrong = mmdit("preencode", stage.folder / "preencode.yaml", f"out={tmp_path}/x", *overrides, "text.clip_g=null")
+    assert wrong.returncode == 2
+    assert "MLPerf's samples need text.t5_max_tokens=16" in wrong.stderr
+    out = preencode(stage, mmdit, tmp_path / "out", *overrides, "text.t5_max_tokens=16", "text.clip_g=null")
+    assert "0005" in (out / "rejected.jsonl").read_text()
+    found = stored(dataset(out))
+    assert found.keys() == truth.keys() - {"0005"}
+    for key, tensors in found.items():
+        for name, source in {"latent_mean": "mean", "latent_logvar": "logvar", "t5": "t5", "pooled": "clip"}.items():
+            assert torch.equal(tensors[name], truth[key][source]), name
+
+
+def test_training_data_over_http(stage, tmp_path):
+    handler = partial(SimpleHTTPRequestHandler, directory=str(stage.encoded))
+    handler.func.log_message = lambda *_: None  # type: ignore[method-assign]
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        cache = CacheConfig(dir=tmp_path / "cache", max_gb=0.001)
+        remote = batches(dataset(url, cache=cache), 12)
+        server.shutdown()
+    for one, other in zip(batches(dataset(stage.encoded), 12), remote, strict=True):
+        assert one.keys == other.keys
+        assert torch.equal(one.mean_BCHW, other.mean_BCHW)
