@@ -26,7 +26,7 @@ from stack.data import latents, safety
 from stack.data.buckets import BucketConfig, BucketRule, unfilled
 from stack.data.images import decode_image, to_bucket
 from stack.data.plan import WINDOW, BatchPlan, Draw, Rows, StepSampler
-from stack.data.remote import CacheConfig, ShardCache, Stat
+from stack.data.remote import CacheConfig, ShardCache, Stat, is_remote
 from stack.data.safety import DecodeError, Rejected, RejectLog
 from stack.data.schema import load_manifest
 from stack.data.shards import ShardReader, ShardSet, index_shards
@@ -221,7 +221,7 @@ class ShardData(Dataset):
     def loader(self, start: int, stop: int, rank: int, world: int, micro_batches: int) -> Iterable[Any]:
         """This rank's micro-batches of steps start…stop, `micro_batches` a step."""
         sampler = StepSampler(self.plan, start, stop, rank, world, micro_batches)
-        if any(remote.is_remote(index.url) for index in self.shards.indices) and dist.local_rank() == 0:
+        if any(is_remote(index.url) for index in self.shards.indices) and dist.local_rank() == 0:
             threading.Thread(target=self._fetch_ahead, args=(sampler,), daemon=True).start()
         return DataLoader(
             self,

@@ -342,8 +342,8 @@ class StepSampler:
 
     def __iter__(self) -> Iterator[list[Draw]]:
         micro_batch_size = self.plan.batch_size // (self.world * self.micro_batches)
-        for self.step in self.steps:
-            step = self.step
+        for step in self.steps:
+            self.step = step
             positions, samples = rank_slice(self.plan.batch(step), self.rank, self.world)
             columns = positions.tolist(), samples.id.tolist(), samples.caption.tolist()
             draws = [Draw(step, *values) for values in zip(*columns, strict=True)]
