@@ -14,6 +14,7 @@ from heapq import merge
 from itertools import accumulate, islice
 from multiprocessing import get_context
 from pathlib import Path
+from stat import S_ISREG
 from typing import BinaryIO
 from zlib import crc32
 
@@ -26,6 +27,7 @@ from stack.data.remote import ShardCache, Stat, is_remote
 
 _PARALLEL_BYTES = 2**28  # shards to index of less in all are not worth starting processes for
 _MAX_MAPPED = 256  # indices whose columns are mapped at once
+_MAX_PATTERNS = 10**6  # that braces may expand to
 
 # ---- finding shards
 
@@ -57,15 +59,24 @@ def _local_shards(pattern: str) -> list[str]:
 
 
 def _expand_braces(text: str) -> list[str]:
-    match = re.search(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}", text)
-    if match is None:
-        return [text]
-    first, last, names = match.groups()
-    if names is None:
-        parts = [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
-    else:
-        parts = names.split(",")
-    return [whole for part in parts for whole in _expand_braces(text[: match.start()] + part + text[match.end() :])]
+    """Raises UserError above `_MAX_PATTERNS`, before they fill the memory."""
+    found: list[str] = []
+    waiting = [text]
+    while waiting:
+        pattern = waiting.pop()
+        match = re.search(r"\{(?:(\d{1,18})\.\.(\d{1,18})|([^{}]*,[^{}]*))\}", pattern)
+        if match is None:
+            found.append(pattern)
+            continue
+        first, last, names = match.groups()
+        parts: Sequence[object] = names.split(",") if names is not None else range(int(first), int(last) + 1)
+        if not parts:
+            raise UserError(f"{safety.redact(text)}: {match[0]} counts backwards")
+        if len(found) + len(waiting) + len(parts) > _MAX_PATTERNS:
+            raise UserError(f"{safety.redact(text)}: these braces mean more than {_MAX_PATTERNS:,} shards")
+        before, after, width = pattern[: match.start()], pattern[match.end() :], len(first or "")
+        waiting += [f"{before}{str(part).zfill(width)}{after}" for part in reversed(parts)]
+    return found
 
 
 # ---- indexing
@@ -123,8 +134,10 @@ class _Work:
             parent = url.rpartition("/")[0]
         else:
             found = os.stat(url)
+            if not S_ISREG(found.st_mode):  # a pipe would wait for its writer for ever
+                raise UserError(f"{url}: not a regular file")
             self.stat = Stat(found.st_size, str(found.st_mtime_ns))
-            parent = str(Path(url).resolve().parent)
+            parent = str(Path(url).parent.resolve())  # not what the shard links to: two links may share its name
         name = Path(url).stem + SUFFIX
         if folder is None:
             self.path = Path(url).with_name(name)
