@@ -19,6 +19,10 @@ from stack.config import UserError
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 FORBIDDEN_EXTENSIONS = frozenset({"pyd", "pkl", "pickle", "pth", "pt"})
 MAX_PIXELS = 64 * 2**20
+MAX_IMAGE = 64 * 2**20
+"""Bytes of an image file, which is read whole."""
+MAX_TEXT = 2**20
+"""Bytes of a caption, or of a JSON member that is read."""
 _IMAGE_FORMATS = ("JPEG", "PNG", "WEBP")
 
 
@@ -105,7 +109,9 @@ def open_image(data: bytes | IO[bytes]) -> Image.Image:
 
 
 def read_caption(data: bytes) -> str:
-    """The caption in a .txt member, stripped. Raises DecodeError if it is empty or not UTF-8."""
+    """The caption in a .txt member, stripped. Raises DecodeError if it is empty, too large or not UTF-8."""
+    if len(data) > MAX_TEXT:
+        raise DecodeError(f"caption too large: more than {MAX_TEXT:,} bytes")
     try:
         caption = data.decode("utf-8").strip()
     except UnicodeDecodeError as error:
