@@ -28,6 +28,7 @@ from stack.data.images import image_size
 from stack.data.safety import DecodeError, Rejected
 from stack.data.tar import FILE, FOLDER, Member, read_headers
 from stack.files import publish
+from stack.shown import redact
 
 SUFFIX = ".index.safetensors"
 _FORMAT = 3  # of the saved index: raised when its meaning changes
@@ -39,6 +40,11 @@ _MAX_IMAGE_HEADER = 2**23  # bytes before the pixels, or beside what they take w
 _MAX_SAID = 300  # characters that are kept of a rejected sample's key and reason
 _READ = frozenset({*safety.IMAGE_EXTENSIONS, "txt", "json", "safetensors", *mlperf.EXTENSIONS})
 _DTYPES: dict[str, np.dtype] = {"U8": np.dtype("u1"), "U32": np.dtype("<u4"), "I32": np.dtype("<i4")}
+
+
+def without_query(url: str) -> str:
+    """What names a shard: a path, or a URL as far as its query."""
+    return url.partition("?")[0] if "://" in url else url
 
 
 class ShardIndex:
@@ -81,7 +87,7 @@ class ShardIndex:
             self.sizes = None if sizes is None else {(int(w), int(h)): int(count) for w, h, count in sizes}
             self.num_captions = self._columns["caption_length"][1][1]
         except (KeyError, TypeError, IndexError, AttributeError, ValueError, RecursionError) as error:
-            where = safety.redact(url) if isinstance(source, bytes) else source
+            where = redact(url) if isinstance(source, bytes) else source
             raise ValueError(f"{where}: not a shard index: {error}") from None
         self._rejected: list[Rejected] | None = None
         self.extensions = sorted(name[7:] for name in self._columns if name.startswith("length."))
@@ -91,7 +97,7 @@ class ShardIndex:
 
     @property
     def name(self) -> str:
-        return self.url.rpartition("/")[2]
+        return without_query(self.url).rpartition("/")[2]
 
     @property
     def encoded(self) -> bool:
@@ -138,7 +144,7 @@ class ShardIndex:
     def span(self, row: int, extension: str) -> tuple[int, int]:
         """(offset from the start of the tar, length) in bytes of one member. Raises KeyError if the sample lacks it."""
         if not self.has(row, extension):
-            raise KeyError(f"{self.url}: sample {self.key(row)!r} has no .{extension}")
+            raise KeyError(f"{redact(self.url)}: sample {self.key(row)!r} has no .{extension}")
         return int(self._column(f"offset.{extension}")[row]) * _BLOCK, int(self._column(f"length.{extension}")[row])
 
     def image_extension(self, row: int) -> str:
@@ -146,7 +152,7 @@ class ShardIndex:
         for extension in safety.IMAGE_EXTENSIONS:
             if self.has(row, extension):
                 return extension
-        raise KeyError(f"{self.url}: sample {self.key(row)!r} has no image")
+        raise KeyError(f"{redact(self.url)}: sample {self.key(row)!r} has no image")
 
     def release(self) -> None:
         """Let go of the mapped columns; they are mapped anew when asked for."""

@@ -22,8 +22,9 @@ import numpy as np
 
 from stack.config import UserError
 from stack.data import remote, safety
-from stack.data.index import SUFFIX, ShardIndex, build_index
+from stack.data.index import SUFFIX, ShardIndex, build_index, without_query
 from stack.data.remote import ShardCache, Stat, is_remote
+from stack.shown import redact
 
 _PARALLEL_BYTES = 2**28  # shards to index of less in all are not worth starting processes for
 _MAX_MAPPED = 256  # indices whose columns are mapped at once
@@ -71,9 +72,9 @@ def _expand_braces(text: str) -> list[str]:
         first, last, names = match.groups()
         parts: Sequence[object] = names.split(",") if names is not None else range(int(first), int(last) + 1)
         if not parts:
-            raise UserError(f"{safety.redact(text)}: {match[0]} counts backwards")
+            raise UserError(f"{redact(text)}: {match[0]} counts backwards")
         if len(found) + len(waiting) + len(parts) > _MAX_PATTERNS:
-            raise UserError(f"{safety.redact(text)}: these braces mean more than {_MAX_PATTERNS:,} shards")
+            raise UserError(f"{redact(text)}: these braces mean more than {_MAX_PATTERNS:,} shards")
         before, after, width = pattern[: match.start()], pattern[match.end() :], len(first or "")
         waiting += [f"{before}{str(part).zfill(width)}{after}" for part in reversed(parts)]
     return found
@@ -101,7 +102,7 @@ def index_shards(
     """
     urls = find_shards(source)
     if any(map(is_remote, urls)) and cache is None:
-        raise UserError(f"{safety.redact(str(source))}: a remote source needs a cache folder")
+        raise UserError(f"{redact(str(source))}: a remote source needs a cache folder")
     indices: dict[str, ShardIndex] = {}
     missing: list[_Work] = []
     with ThreadPoolExecutor(32 if any(map(is_remote, urls)) else 1) as threads:
@@ -131,14 +132,14 @@ class _Work:
             assert cache is not None
             self.stat = remote.stat(url)
             folder = folder or cache.dir / "index"
-            parent = url.rpartition("/")[0]
+            parent = without_query(url).rpartition("/")[0]
         else:
             found = os.stat(url)
             if not S_ISREG(found.st_mode):  # a pipe would wait for its writer for ever
                 raise UserError(f"{url}: not a regular file")
             self.stat = Stat(found.st_size, str(found.st_mtime_ns))
             parent = str(Path(url).parent.resolve())  # not what the shard links to: two links may share its name
-        name = Path(url).stem + SUFFIX
+        name = Path(without_query(url)).stem + SUFFIX
         if folder is None:
             self.path = Path(url).with_name(name)
         else:  # shards of two folders often share their names
@@ -160,7 +161,11 @@ class _Work:
         """The index that lies beside a remote shard."""
         if not is_remote(self.url):
             return None
-        data = remote.read_bytes(self.url.removesuffix(".tar") + SUFFIX, max_bytes=2**30)
+        path = without_query(self.url)
+        try:
+            data = remote.read_bytes(path.removesuffix(".tar") + SUFFIX + self.url[len(path) :], max_bytes=2**30)
+        except PermissionError:  # what a store says of all it lacks, if it must not be listed
+            return None
         try:
             index = ShardIndex(self.url, data) if data is not None else None
         except ValueError:
@@ -196,7 +201,7 @@ def _build_all(works: Sequence[_Work]) -> Iterator[ShardIndex]:
 
 
 def changed(url: str, how: str) -> UserError:
-    where = safety.redact(url)
+    where = redact(url)
     return UserError(
         f"{where}: the shard changed since it was indexed ({how}); index it again: mmdit data index {where}"
     )
@@ -330,6 +335,6 @@ def unique_names(indices: Iterable[ShardIndex]) -> None:
     seen: dict[str, str] = {}
     for index in indices:
         if index.name in seen:
-            both = f"{safety.redact(seen[index.name])} and {safety.redact(index.url)}"
+            both = f"{redact(seen[index.name])} and {redact(index.url)}"
             raise UserError(f"{both} have the same file name; encode their folders separately")
         seen[index.name] = index.url
