@@ -301,7 +301,7 @@ class LatentDataset(ShardData):
         self._of_code = np.array([known[code >> 32, code & (2**32 - 1)] for code in self._codes.tolist()])
 
         def check(folder: str, shards: ShardSet) -> None:
-            manifests[folder].check_shards(folder, {index.name: len(index) for index in shards.indices})
+            manifests[folder].check_shards(folder, {one.name: (len(one), one.sha256) for one in shards.indices})
 
         super().__init__(config, seed, sources, self._caption_weights(config), check)
 
