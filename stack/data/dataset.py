@@ -143,7 +143,10 @@ class _Table:
         start, stop = self._samples.starts[shard : shard + 2].tolist()
         first, last = np.searchsorted(self._held_out, (start, stop))
         kept = np.delete(np.arange(stop - start), self._held_out[first:last] - start)
-        return Rows(start + kept, self._bucket(shard, kept), self._samples.index(shard).caption_length[kept])
+        lengths = self._samples.index(shard).caption_length[kept, : len(self.caption_weights)]
+        absent = len(self.caption_weights) - lengths.shape[1]  # captions that no sample of this shard has
+        lengths = np.pad(lengths, ((0, 0), (0, absent)), constant_values=-1)
+        return Rows(start + kept, self._bucket(shard, kept), lengths)
 
     def _bucket(self, shard: int, rows: Any) -> np.ndarray:
         index = self._samples.index(shard)
