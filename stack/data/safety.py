@@ -81,7 +81,7 @@ def refuse_name(name: str) -> str:
     parts = re.split(r"[/\\]", name)
     if parts[0] == "" or ".." in parts or re.fullmatch(r"[A-Za-z]:", parts[0]):
         return "path outside the archive"
-    extension = name.rpartition(".")[2].lower()
+    extension = re.sub(r"(\.gz)+$", "", name.lower()).rpartition(".")[2]  # webdataset unpacks .pkl.gz and runs it
     return f"forbidden member: .{extension} can run code" if extension in FORBIDDEN_EXTENSIONS else ""
 
 
