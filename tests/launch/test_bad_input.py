@@ -98,7 +98,7 @@ def test_a_failed_start_does_not_claim_the_folder(mmdit, stage, tmp_path):
 
 
 def test_a_folder_in_use(mmdit, stage, tmp_path):
-    from stack.log import lock
+    from stack.files import lock
 
     config = stage.train_config("used", run={"dir": str(tmp_path / "run")})
     with lock(tmp_path / "run" / ".lock"):
