@@ -25,7 +25,7 @@ from stack.data import mlperf
 from stack.data.buckets import BucketConfig, histogram
 from stack.data.dataset import check_budget, say_damage
 from stack.data.remote import CacheConfig, ShardCache, is_remote
-from stack.data.safety import Rejected
+from stack.data.safety import Rejected, entry
 from stack.data.schema import DTYPES, MANIFEST, Manifest, ShardRecord, T5Dtype, load_manifest, text_tensors, to_bytes
 from stack.data.shards import ShardReader, ShardSet, index_shards, unique_names
 from stack.files import publish
@@ -150,7 +150,7 @@ def _check_budget(config: PreencodeConfig, source: ShardSet, known: dict[int, di
     """UserError where too many samples are broken, which rejected.jsonl then lists. known: stats of finished shards."""
     listed: list[dict[str, str]] = []
     for number, index in enumerate(source.indices):
-        of_index = [{"shard": index.name, "key": key, "reason": reason} for key, reason in index.rejected]
+        of_index = [entry(index.name, *rejected) for rejected in index.rejected]
         listed += known[number]["rejected"] if number in known else of_index
     broken = [Rejected(e["key"], e["reason"]) for e in listed if not e["reason"].startswith(_NOT_BROKEN)]
     total = source.num_samples + sum(len(index.rejected) for index in source.indices)
@@ -254,7 +254,7 @@ def _encode_shard(
                     writer.add(item.key, sample, item.facts)
                     counts[item.bucket] += 1
             advance(len(encoded))
-        rejected = [{"shard": index.name, "key": key, "reason": reason} for key, reason in listed]
+        rejected = [entry(index.name, *one) for one in listed]
         facts = {"mark": mark, "source": index.name, "rejected": rejected, "damage": index.damage, "buckets": counts}
         writer.finish(facts)
     except BaseException:
