@@ -23,6 +23,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from stack.config import UserError
 from stack.data import layout, mlperf, safety
 from stack.data.images import image_size
 from stack.data.safety import DecodeError, Rejected
@@ -78,6 +79,8 @@ class ShardIndex:
             facts = json.loads(entries.pop("__metadata__")["index"])
             if facts["format"] != _FORMAT:
                 raise ValueError(f"format {facts['format']}, expected {_FORMAT}")
+            if facts.pop("crc32") != _check_sum(entries, facts):
+                raise ValueError("wrong check sum")
             self._columns = _read_columns(entries, stop, size)
             self.size = int(facts["size"])
             self.version, self.digest = str(facts["version"]), str(facts["digest"])
@@ -134,6 +137,8 @@ class ShardIndex:
         return [self.key(row) for row in range(len(self))]
 
     def key(self, row: int) -> str:
+        if not 0 <= row < len(self):  # told by a column of a damaged file
+            raise UserError(f"{self._source!s}: this index is damaged: remove it, and index the shard again")
         start, stop = self._column("key.start")[row : row + 2].tolist()
         return self._column("key.bytes")[start:stop].tobytes().decode("utf-8", "surrogateescape")
 
@@ -167,12 +172,8 @@ class ShardIndex:
     def of_version(self, version: str) -> ShardIndex:
         """The same index for a copy of the shard that goes by another version."""
         data = bytes(self._mapped())
-        stop = layout.header_bytes(data)
-        entries = json.loads(data[8:stop])
-        facts = {**json.loads(entries["__metadata__"]["index"]), "version": version}
-        header = json.dumps({**entries, "__metadata__": {"index": json.dumps(facts)}}).encode()
-        header += b" " * (-len(header) % 8)
-        return ShardIndex(self.url, len(header).to_bytes(8, "little") + header + data[stop:])
+        facts = json.loads(json.loads(data[8 : layout.header_bytes(data)])["__metadata__"]["index"])
+        return ShardIndex(self.url, _with_facts(data, {**facts, "version": version}))
 
     def _column(self, name: str) -> np.ndarray:
         dtype, shape, start = self._columns[name]
@@ -282,7 +283,24 @@ def _serialize(
     rejected = [[safety.cut(key), safety.cut(reason)] for key, reason in facts.pop("rejected")]
     columns["rejected"] = np.frombuffer(json.dumps(rejected).encode() if rejected else b"", np.uint8)
     listed = [[*size, count] for size, count in sizes.items()] if len(sizes) <= _MAX_SIZES else None
-    return save(columns, {"index": json.dumps({**facts, "format": _FORMAT, "sizes": listed})})
+    return _with_facts(save(columns), {**facts, "format": _FORMAT, "sizes": listed})
+
+
+def _with_facts(data: bytes, facts: dict[str, Any]) -> bytes:
+    """An index file of the columns in `data`, a safetensors file, and these facts."""
+    stop = layout.header_bytes(data)
+    entries = json.loads(data[8:stop])
+    entries.pop("__metadata__", None)
+    facts = {name: value for name, value in facts.items() if name != "crc32"}
+    facts["crc32"] = _check_sum(entries, facts)
+    header = json.dumps({**entries, "__metadata__": {"index": json.dumps(facts)}}).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + data[stop:]
+
+
+def _check_sum(entries: dict[str, Any], facts: dict[str, Any]) -> int:
+    """Of an index file's header. Its columns have none: ten thousand of them are opened without being read."""
+    return zlib.crc32(json.dumps([entries, facts], sort_keys=True).encode())
 
 
 def _sha256(file: BinaryIO) -> str:

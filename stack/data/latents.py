@@ -14,6 +14,7 @@ from stack.data import layout
 from stack.data.layout import Slot
 from stack.data.safety import DecodeError
 from stack.data.shards import ShardReader
+from stack.data.tar import HEADER_BYTES
 from stack.text.conditioning import Pad, TextBatch
 
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn}
@@ -54,7 +55,10 @@ def read(reader: ShardReader, places: Sequence[tuple[int, int, int]]) -> dict[st
     for shard, row, caption in places:
         index = reader.indices[shard]
         offset, length = index.span(row, "safetensors")
-        head = os.pread(reader.handle(shard), layout.HEAD_BYTES, offset)
+        member = os.pread(reader.handle(shard), HEADER_BYTES + layout.HEAD_BYTES, max(0, offset - HEADER_BYTES))
+        name, head = f"{index.key(row)}.safetensors\0", member[HEADER_BYTES:]
+        if name.isascii() and not member.startswith(name.encode()):  # else it stands in an extended header
+            raise reader.cut(shard)
         stop = layout.header_bytes(head)
         header = head[:stop] if stop <= len(head) else os.pread(reader.handle(shard), stop, offset)
         try:

@@ -25,6 +25,7 @@ from stack.config import UserError
 from stack.data import remote, safety
 from stack.data.index import SUFFIX, ShardIndex, build_index, without_query
 from stack.data.remote import ShardCache, Stat, is_remote
+from stack.data.tar import HEADER_BYTES, header_name
 from stack.shown import redact
 
 _PARALLEL_BYTES = 2**28  # shards to index of less in all are not worth starting processes for
@@ -235,15 +236,19 @@ class ShardReader:
         self._process = os.getpid()
 
     def read(self, shard: int, row: int, extension: str) -> bytes:
-        """The bytes of one member.
+        """The bytes of one member, whose name in the tar's own header is looked at.
 
         Raises KeyError if the sample has no such member, UserError if the shard is gone or not what was indexed.
         """
-        offset, length = self.indices[shard].span(row, extension)
-        data = os.pread(self.handle(shard), length, offset)
-        if len(data) < length:
+        index = self.indices[shard]
+        offset, length = index.span(row, extension)
+        data = os.pread(self.handle(shard), HEADER_BYTES + length, max(0, offset - HEADER_BYTES))
+        name = header_name(data[:HEADER_BYTES], length)
+        if len(data) < HEADER_BYTES + length or name is None:
             raise self.cut(shard)
-        return data
+        if name and safety.split_name(name) != (index.key(row), extension):
+            raise self.cut(shard)
+        return data[HEADER_BYTES:]
 
     def handle(self, shard: int) -> int:
         """A file descriptor of the shard's tar, for reading by offset right away: a later call may close it."""
@@ -258,9 +263,12 @@ class ShardReader:
         return self._files[shard].fileno()
 
     def cut(self, shard: int) -> UserError:
-        """What to raise where the shard ends before a member does."""
-        size = os.fstat(self.handle(shard)).st_size
-        return changed(self.indices[shard].url, f"{self.indices[shard].size:,} bytes then, {size:,} now")
+        """What to raise where a member does not stand where it did."""
+        index, size = self.indices[shard], os.fstat(self.handle(shard)).st_size
+        if size == index.size:
+            problem = "what stands in the shard is not what was indexed, though neither its size nor its time changed"
+            return UserError(f"{redact(index.url)}: {problem}: restore it, remove its index and index it again")
+        return changed(index.url, f"{index.size:,} bytes then, {size:,} now")
 
     def close(self) -> None:
         while self._files:

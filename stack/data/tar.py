@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator
 from typing import BinaryIO, NamedTuple
 
-_BLOCK = 512  # bytes; a tar is made of these
+_BLOCK = HEADER_BYTES = 512  # a tar is made of blocks of so many bytes, and a member's header is one
 _MAX_EXTENDED_HEADER = 2**20  # bytes of a GNU long name or pax header
 
 
@@ -49,6 +49,18 @@ def read_headers(file: BinaryIO, size: int) -> tuple[list[Member], str]:
     except _Damage as damage:
         return members, str(damage)
     return members, ""
+
+
+def header_name(block: bytes, size: int) -> str | None:
+    """The name in the header of a member of `size` bytes; "" if it may stand in an extended header before this one,
+    None if this is not the header of such a member."""
+    try:
+        name, length, _ = _parse_header(block)
+    except (ValueError, IndexError):
+        return None
+    if length not in (size, 0):  # 0: a large size stands in an extended header
+        return None
+    return name.decode() if name.isascii() and len(name) < 100 else ""
 
 
 def _walk(file: BinaryIO, size: int) -> Iterator[Member]:
