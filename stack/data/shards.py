@@ -25,6 +25,7 @@ from stack.data.index import SUFFIX, ShardIndex, build_index
 from stack.data.remote import ShardCache, Stat, is_remote
 
 _PARALLEL_BYTES = 2**28  # shards to index of less in all are not worth starting processes for
+_REQUESTS = 32  # to a store at once
 _MAX_MAPPED = 256  # indices whose columns are mapped at once
 
 # ---- finding shards
@@ -89,25 +90,36 @@ def index_shards(
     was indexed.
     """
     urls = find_shards(source)
-    if any(map(is_remote, urls)) and cache is None:
-        raise UserError(f"{safety.redact(str(source))}: a remote source needs a cache folder")
     indices: dict[str, ShardIndex] = {}
     missing: list[_Work] = []
-    with ThreadPoolExecutor(32 if any(map(is_remote, urls)) else 1) as threads:
-        works = threads.map(lambda url: _Work(url, folder, cache), urls)
-        for work in works:
-            known = work.known(rebuild)
-            if known is None:
-                missing.append(work)
-            else:
-                indices[work.url] = known
-                if progress is not None:
-                    progress(len(indices), len(urls))
+    for work, known in _look_up(urls, folder, cache, rebuild):
+        if known is None:
+            missing.append(work)
+        else:
+            indices[work.url] = known
+            if progress is not None:
+                progress(len(indices), len(urls))
     for index in _build_all(missing):
         indices[index.url] = index
         if progress is not None:
             progress(len(indices), len(urls))
     return [indices[url] for url in urls]
+
+
+def _look_up(
+    urls: list[str], folder: Path | None, cache: ShardCache | None, rebuild: bool
+) -> Iterator[tuple[_Work, ShardIndex | None]]:
+    """Each shard with the index that is there already; of remote ones many at a time, for the answers take long."""
+
+    def look(url: str) -> tuple[_Work, ShardIndex | None]:
+        work = _Work(url, folder, cache)
+        return work, work.known(rebuild)
+
+    if any(map(is_remote, urls)):
+        with ThreadPoolExecutor(_REQUESTS) as threads:
+            yield from threads.map(look, urls)
+    else:
+        yield from map(look, urls)
 
 
 class _Work:
@@ -117,7 +129,7 @@ class _Work:
         self.url, self.cache = url, cache
         self.must_write = folder is not None
         if is_remote(url):
-            assert cache is not None
+            assert cache is not None, "a remote source needs a cache"
             self.stat = remote.stat(url)
             folder = folder or cache.dir / "index"
             parent = url.rpartition("/")[0]
