@@ -57,6 +57,7 @@ class ShardIndex:
         self.url = url
         self._source = source
         self._buffer: mmap.mmap | bytes | None = source if isinstance(source, bytes) else None
+        self._arrays: dict[str, np.ndarray] = {}
         try:
             if isinstance(source, bytes):
                 head, size, stop = source, len(source), layout.header_bytes(source)
@@ -121,7 +122,7 @@ class ShardIndex:
         return [self.key(row) for row in range(len(self))]
 
     def key(self, row: int) -> str:
-        start, stop = self._column("key.start")[row : row + 2].tolist()
+        start, stop = self._column("key.start")[row : row + 2]
         return self._column("key.bytes")[start:stop].tobytes().decode("utf-8", "surrogateescape")
 
     def has(self, row: int, extension: str) -> bool:
@@ -131,7 +132,8 @@ class ShardIndex:
         """(offset from the start of the tar, length) in bytes of one member. Raises KeyError if the sample lacks it."""
         if not self.has(row, extension):
             raise KeyError(f"{self.url}: sample {self.key(row)!r} has no .{extension}")
-        return int(self._column(f"offset.{extension}")[row]) * _BLOCK, int(self._column(f"length.{extension}")[row])
+        offset, length = self._column(f"offset.{extension}"), self._column(f"length.{extension}")
+        return int(offset[row]) * _BLOCK, int(length[row])
 
     def image_extension(self, row: int) -> str:
         """Extension of the sample's image. Raises KeyError for a pre-encoded sample."""
@@ -142,6 +144,7 @@ class ShardIndex:
 
     def release(self) -> None:
         """Let go of the mapped columns; they are mapped anew when asked for."""
+        self._arrays.clear()
         if isinstance(self._source, Path):
             self._buffer = None
 
@@ -149,7 +152,8 @@ class ShardIndex:
         """Write the index, published by rename; from here on it is mapped from there."""
         with publish(path) as temporary:
             temporary.write_bytes(bytes(self._mapped()))
-        self._source, self._buffer = path, None
+        self._source = path
+        self.release()
 
     def of_version(self, version: str) -> ShardIndex:
         """The same index for a copy of the shard that goes by another version."""
@@ -162,8 +166,10 @@ class ShardIndex:
         return ShardIndex(self.url, len(header).to_bytes(8, "little") + header + data[stop:])
 
     def _column(self, name: str) -> np.ndarray:
-        dtype, shape, start = self._columns[name]
-        return np.ndarray(shape, dtype, self._mapped(), start)
+        if name not in self._arrays:
+            dtype, shape, start = self._columns[name]
+            self._arrays[name] = np.ndarray(shape, dtype, self._mapped(), start)
+        return self._arrays[name]
 
     def _mapped(self) -> mmap.mmap | bytes:
         if self._buffer is None:
@@ -173,7 +179,8 @@ class ShardIndex:
         return self._buffer
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_buffer": self._source if isinstance(self._source, bytes) else None}
+        mapped = self._source if isinstance(self._source, bytes) else None
+        return {**self.__dict__, "_buffer": mapped, "_arrays": {}}
 
 
 # ---- building
