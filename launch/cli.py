@@ -9,6 +9,7 @@ import sys
 import click
 
 from stack.config import UserError
+from stack.shown import printable, redact
 
 COMMANDS = {
     "demo": "Draw, train, sample and evaluate a small model, and write a report.",
@@ -54,11 +55,15 @@ def run(arguments: list[str] | None = None) -> int:
         error.show()
         return error.exit_code
     except (UserError, FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError) as error:
-        click.echo(f"mmdit: {' '.join(str(error).split())}", err=True)
+        click.echo(f"mmdit: {_line(error)}", err=True)
         return 2
     except OSError as error:  # a full or broken disk, a network that is gone: nobody's mistake, and no traceback
-        click.echo(f"mmdit: {' '.join(str(error).split())}", err=True)
+        click.echo(f"mmdit: {_line(error)}", err=True)
         return 1
+
+
+def _line(error: Exception) -> str:
+    return printable(redact(" ".join(str(error).split())))
 
 
 def main() -> None:

@@ -60,16 +60,18 @@ def index(shards: str, folder: Path | None, cache: Path | None) -> None:
     Shards that changed since they were indexed are indexed again.
     """
     from stack.data.remote import CacheConfig, ShardCache
-    from stack.data.safety import redact
     from stack.data.shards import find_shards, index_shards
     from stack.log import progress
+    from stack.shown import printable, redact
 
     with progress("index", len(find_shards(shards)), "shard") as advance:
         indices = index_shards(shards, folder, ShardCache(CacheConfig(dir=cache)), True, lambda done, total: advance(1))
     for found in indices:
-        problems = "".join(f"\n  {r.key}: {r.reason}" for r in found.rejected)
+        problems = "".join(f"\n  {printable(f'{r.key}: {r.reason}')}" for r in found.rejected)
         damage = f"\n  {found.damage}" if found.damage else ""
-        click.echo(f"{redact(found.url)}: {len(found):,} samples, {len(found.rejected)} left out{damage}{problems}")
+        click.echo(
+            f"{printable(redact(found.url))}: {len(found):,} samples, {len(found.rejected)} left out{damage}{problems}"
+        )
     click.echo(f"{sum(map(len, indices)):,} samples in {len(indices)} shards")
 
 

@@ -17,6 +17,8 @@ from typing import Any, TypeVar
 import pydantic
 import yaml
 
+from stack.shown import redact, redacted
+
 
 class UserError(ValueError):
     """A mistake that the user can mend. The command line prints it as one line and exits with code 2."""
@@ -43,12 +45,12 @@ def load(schema: type[C], path: str | Path | None = None, overrides: Sequence[st
     for override in overrides:
         key, equals, _ = override.partition("=")
         if not equals or not key:
-            raise UserError(f"override {override!r} is not of the form key.subkey=value")
+            raise UserError(f"override {redact(override)!r} is not of the form key.subkey=value")
         try:
             # A section is replaced by a section key by key, a plain value by a section as a whole.
             merged = OmegaConf.merge(merged, OmegaConf.from_dotlist([override]))
         except (OmegaConfBaseException, yaml.YAMLError) as error:
-            raise UserError(f"override {override!r}: {_first_line(error)}") from None
+            raise UserError(redact(f"override {override!r}: {_first_line(error)}")) from None
     source = str(path) if path is not None else "overrides"
     return validate(schema, OmegaConf.to_container(merged, resolve=False), source)
 
@@ -63,7 +65,7 @@ def _read(path: Path, above: tuple[Path, ...]) -> Any:
     except FileNotFoundError:
         raise UserError(f"{path}: no such configuration file") from None
     except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as YAML: {_first_line(error)}") from None
+        raise UserError(redact(f"{path}: cannot be read as YAML: {_first_line(error)}")) from None
     if not isinstance(own, DictConfig):
         raise UserError(f"{path}: expected key: value pairs at the top level")
     bases = own.pop("base", [])
@@ -79,7 +81,7 @@ def validate(schema: type[C], values: Any, source: str) -> C:
         return schema.model_validate(values)
     except pydantic.ValidationError as error:
         problems = [_explain(schema, e["loc"], e["type"], e["msg"], e.get("input")) for e in error.errors()]
-        raise UserError(f"{source}: {'; '.join(problems)}") from None
+        raise UserError(redact(f"{source}: {'; '.join(problems)}")) from None
 
 
 def _explain(schema: type[Config], location: tuple[Any, ...], kind: str, message: str, value: Any) -> str:
@@ -135,14 +137,20 @@ def _first_line(error: Exception) -> str:
     return " ".join(str(error).split())[:300]
 
 
+def public(config: Config) -> dict[str, Any]:
+    """The values of `config` as JSON has them, without the secrets of URLs: what is saved, shown and sent elsewhere."""
+    values: dict[str, Any] = redacted(config.model_dump(mode="json"))
+    return values
+
+
 def dump(config: Config) -> str:
-    """The resolved configuration as YAML, every key written out."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    """The resolved configuration as YAML, every key written out, without the secrets of URLs."""
+    return yaml.safe_dump(public(config), sort_keys=False, allow_unicode=True)
 
 
 def fingerprint(config: Config) -> str:
-    """sha256 of the canonical JSON of `config`."""
-    return fingerprint_of(config.model_dump(mode="json"))
+    """sha256 of the canonical JSON of what `public` tells."""
+    return fingerprint_of(public(config))
 
 
 def fingerprint_of(values: Any) -> str:

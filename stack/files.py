@@ -8,14 +8,22 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
+
+
+def create(path: Path) -> BinaryIO:
+    """An empty file at `path`, to write and read, in place of whatever was there: no link is followed."""
+    path.unlink(missing_ok=True)
+    return path.open("x+b")
 
 
 @contextmanager
 def publish(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path`; on success it is renamed to `path` with mode 0644, else removed."""
+    """A temporary file beside `path`; on success it is renamed to `path` with mode 0644, else removed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
     try:
+        create(temporary).close()
         yield temporary
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)

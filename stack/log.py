@@ -16,6 +16,7 @@ from pydantic import PositiveInt
 from stack import dist
 from stack.config import Config
 from stack.files import publish
+from stack.shown import printable, redact
 
 
 class LogConfig(Config):
@@ -26,11 +27,12 @@ class LogConfig(Config):
 
 
 def say(message: str) -> None:
-    """One line on rank 0's standard error, whole even while a progress bar is drawn."""
+    """Rank 0's standard error, whole lines even while a progress bar is drawn."""
     if dist.rank() == 0:
         from rich.console import Console
 
-        Console(stderr=True, highlight=False, soft_wrap=True).print(message, markup=False)
+        lines = [printable(line) for line in redact(message).split("\n")]
+        Console(stderr=True, highlight=False, soft_wrap=True).print("\n".join(lines), markup=False)
 
 
 @contextmanager
@@ -104,16 +106,17 @@ class Metrics:
             import wandb
 
             (run / "wandb").mkdir(exist_ok=True)
-            self._wandb = wandb.init(
-                project=config.project,
-                name=run.name,
-                dir=run,
-                id=self.run_id,
-                resume="allow",
-                mode=config.wandb,
-                config=values,
-                settings=wandb.Settings(silent=True),
-            )
+            with _without_secrets(sys.argv):  # wandb keeps the command line
+                self._wandb = wandb.init(
+                    project=config.project,
+                    name=run.name,
+                    dir=run,
+                    id=self.run_id,
+                    resume="allow",
+                    mode=config.wandb,
+                    config=values,
+                    settings=wandb.Settings(silent=True),
+                )
             self._wandb.define_metric("*", step_metric="step")
             self.run_id = self._wandb.id
         except Exception as error:  # tracking must never end a run, whatever the service does
@@ -144,6 +147,16 @@ class Metrics:
         if dist.rank() == 0:
             self._file.close()
             self._mirror("finish")
+
+
+@contextmanager
+def _without_secrets(arguments: list[str]) -> Iterator[None]:
+    before = list(arguments)
+    arguments[:] = map(redact, before)
+    try:
+        yield
+    finally:
+        arguments[:] = before
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:

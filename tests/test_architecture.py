@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # Each package of stack may import those of its own row and of the rows above.
 LAYERS = [
-    {"config", "dist", "files", "log"},
+    {"config", "dist", "files", "log", "shown"},
     {"nn", "flow", "data", "text"},
     {"models"},
     {"parallel"},

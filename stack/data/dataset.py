@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from stack import dist
 from stack.config import Config, UserError
-from stack.data import latents, safety
+from stack.data import latents
 from stack.data.buckets import BucketConfig, BucketRule, unfilled
 from stack.data.images import decode_image, to_bucket
 from stack.data.plan import WINDOW, BatchPlan, Draw, Rows, StepSampler
@@ -31,6 +31,7 @@ from stack.data.safety import DecodeError, Rejected, RejectLog
 from stack.data.schema import load_manifest
 from stack.data.shards import ShardReader, ShardSet, index_shards
 from stack.log import say
+from stack.shown import redact
 from stack.text.conditioning import TextBatch
 
 Mixture = str | dict[str, PositiveFloat]
@@ -182,7 +183,7 @@ class ShardData(Dataset):
             table = _Table(self.shards, own, self._bucket_of, len(self.sides), held_out, weight, caption_weights)
             if not table.counts.any():
                 raise UserError(
-                    f"{safety.redact(source)}: no training samples; check the shards, or lower data.validation_share"
+                    f"{redact(source)}: no training samples; check the shards, or lower data.validation_share"
                 )
             tables.append(table)
         self._held_out = frozenset(held_out.tolist())
@@ -312,7 +313,9 @@ class LatentDataset(ShardData):
             return [1.0] * len(names)
         for name in config.captions:
             if name not in names:
-                raise UserError(f"data.captions: {self.folder} has no caption {name!r}, it has {', '.join(names)}")
+                raise UserError(
+                    f"data.captions: {redact(self.folder)} has no caption {name!r}, it has {', '.join(names)}"
+                )
         return [config.captions.get(name, 0.0) for name in names]
 
     def _bucket_of(self, width: np.ndarray, height: np.ndarray) -> np.ndarray:
@@ -349,7 +352,7 @@ class ImageDataset(ShardData):
 
         def check(source: str, shards: ShardSet) -> None:
             if any(index.encoded for index in shards.indices):
-                raise UserError(f"data.source: {safety.redact(source)} holds pre-encoded shards; name raw ones")
+                raise UserError(f"data.source: {redact(source)} holds pre-encoded shards; name raw ones")
             if dist.rank() == 0:
                 for index in shards.indices:
                     for broken in index.rejected:
@@ -375,7 +378,7 @@ class ImageDataset(ShardData):
                 continue
             pixels = to_bucket(image, self.sides[bucket])
             return torch.from_numpy(pixels).permute(2, 0, 1).float() / 127.5 - 1
-        raise UserError(f"{self.shards.indices[0].url}: not one image of a bucket can be decoded")
+        raise UserError(f"{redact(self.shards.indices[0].url)}: not one image of a bucket can be decoded")
 
     def _candidates(self, sample: int, bucket: int) -> Iterator[int]:
         """The sample, then those of its bucket that follow it, in its own half: training or held out."""

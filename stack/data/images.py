@@ -14,6 +14,7 @@ __all__ = ["DecodeError", "decode_image", "image_size", "to_bucket"]
 
 WHITE = (255, 255, 255)
 
+_MAX_SCANS = 128  # of a progressive JPEG, each of which goes over all of the image; encoders write about ten
 _EXIF_ORIENTATION = 0x0112
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -44,6 +45,8 @@ def decode_image(data: bytes, background: tuple[int, int, int] = WHITE) -> Image
     """
     open_image_checked = open_image(data)
     orientation = _orientation(open_image_checked)
+    if open_image_checked.format in ("JPEG", "MPO") and data.count(b"\xff\xda") > _MAX_SCANS:
+        raise DecodeError(f"image not decodable: more than {_MAX_SCANS} scans")
     try:
         open_image_checked.verify()  # a PNG's check sums: the decoder alone lets some flipped bits through
         image = _to_rgb(open_image(data), background)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 import mmap
 import os
 import zlib
@@ -27,14 +28,23 @@ from stack.data.images import image_size
 from stack.data.safety import DecodeError, Rejected
 from stack.data.tar import FILE, FOLDER, Member, read_headers
 from stack.files import publish
+from stack.shown import redact
 
 SUFFIX = ".index.safetensors"
-_FORMAT = 2  # of the saved index: raised when its meaning changes
+_FORMAT = 3  # of the saved index: raised when its meaning changes
 _MAX_SIZES = 256  # distinct sizes that are counted in the header; photographs have too many
 _BLOCK = 512  # bytes of a tar's block: members begin at multiples of it
 _ABSENT = 2**32 - 1  # length of a member that a sample lacks
 _MAX_MEMBER = 2**32 - 2
+_MAX_IMAGE_HEADER = 2**23  # bytes before the pixels, or beside what they take without compression
+_MAX_SAID = 300  # characters that are kept of a rejected sample's key and reason
+_READ = frozenset({*safety.IMAGE_EXTENSIONS, "txt", "json", "safetensors", *mlperf.EXTENSIONS})
 _DTYPES: dict[str, np.dtype] = {"U8": np.dtype("u1"), "U32": np.dtype("<u4"), "I32": np.dtype("<i4")}
+
+
+def without_query(url: str) -> str:
+    """What names a shard: a path, or a URL as far as its query."""
+    return url.partition("?")[0] if "://" in url else url
 
 
 class ShardIndex:
@@ -47,7 +57,7 @@ class ShardIndex:
     captions, −1 for a caption that a sample lacks.
     by_hash: uint32 [n]; rows by the crc32 of their keys.
     sizes: (width, height) → samples, None if there are too many different ones.
-    digest: sha256 of keys, captions and where the members stand.
+    digest: sha256 of keys, captions and where the members stand.  sha256: of a pre-encoded shard's file, else "".
     rejected: the samples left out, and why.  damage: what is wrong with the archive itself, "" if it is whole.
 
     Columns are mapped when they are asked for, until `release`. Raises ValueError for a file that is no such index.
@@ -70,23 +80,17 @@ class ShardIndex:
             facts = json.loads(entries.pop("__metadata__")["index"])
             if facts["format"] != _FORMAT:
                 raise ValueError(f"format {facts['format']}, expected {_FORMAT}")
-            self._columns: dict[str, tuple[np.dtype, tuple[int, ...], int]] = {
-                name: (_DTYPES[entry["dtype"]], tuple(entry["shape"]), stop + entry["data_offsets"][0])
-                for name, entry in entries.items()
-            }
-            end = stop + max(entry["data_offsets"][1] for entry in entries.values())
-            if size != end:
-                raise ValueError("cut off")
-        except (KeyError, TypeError, IndexError, ValueError) as error:
-            where = url if isinstance(source, bytes) else source
+            self._columns = _read_columns(entries, stop, size)
+            self.size = int(facts["size"])
+            self.version, self.digest = str(facts["version"]), str(facts["digest"])
+            self.sha256, self.damage = str(facts["sha256"]), str(facts["damage"])
+            sizes = facts["sizes"]
+            self.sizes = None if sizes is None else {(int(w), int(h)): int(count) for w, h, count in sizes}
+            self.num_captions = self._columns["caption_length"][1][1]
+        except (KeyError, TypeError, IndexError, AttributeError, ValueError, RecursionError) as error:
+            where = redact(url) if isinstance(source, bytes) else source
             raise ValueError(f"{where}: not a shard index: {error}") from None
-        self.size: int = facts["size"]
-        self.version: str = facts["version"]
-        self.digest: str = facts["digest"]
-        self.damage: str = facts["damage"]
-        self.rejected = [Rejected(*pair) for pair in facts["rejected"]]
-        self.sizes = None if facts["sizes"] is None else {(w, h): count for w, h, count in facts["sizes"]}
-        self.num_captions: int = self._columns["caption_length"][1][1]
+        self._rejected: list[Rejected] | None = None
         self.extensions = sorted(name[7:] for name in self._columns if name.startswith("length."))
 
     def __len__(self) -> int:
@@ -94,12 +98,22 @@ class ShardIndex:
 
     @property
     def name(self) -> str:
-        return self.url.rpartition("/")[2]
+        return without_query(self.url).rpartition("/")[2]
 
     @property
     def encoded(self) -> bool:
         """Whether the shard holds pre-encoded samples."""
         return "safetensors" in self.extensions
+
+    @property
+    def rejected(self) -> list[Rejected]:
+        if self._rejected is None:
+            mapped = self._buffer is not None
+            data = self._column("rejected").tobytes()
+            self._rejected = [Rejected(*pair) for pair in json.loads(data)] if data else []
+            if not mapped:
+                self.release()
+        return self._rejected
 
     @property
     def width(self) -> np.ndarray:
@@ -131,7 +145,7 @@ class ShardIndex:
     def span(self, row: int, extension: str) -> tuple[int, int]:
         """(offset from the start of the tar, length) in bytes of one member. Raises KeyError if the sample lacks it."""
         if not self.has(row, extension):
-            raise KeyError(f"{self.url}: sample {self.key(row)!r} has no .{extension}")
+            raise KeyError(f"{redact(self.url)}: sample {self.key(row)!r} has no .{extension}")
         offset, length = self._column(f"offset.{extension}"), self._column(f"length.{extension}")
         return int(offset[row]) * _BLOCK, int(length[row])
 
@@ -140,7 +154,7 @@ class ShardIndex:
         for extension in safety.IMAGE_EXTENSIONS:
             if self.has(row, extension):
                 return extension
-        raise KeyError(f"{self.url}: sample {self.key(row)!r} has no image")
+        raise KeyError(f"{redact(self.url)}: sample {self.key(row)!r} has no image")
 
     def release(self) -> None:
         """Let go of the mapped columns; they are mapped anew when asked for."""
@@ -183,6 +197,29 @@ class ShardIndex:
         return {**self.__dict__, "_buffer": mapped, "_arrays": {}}
 
 
+def _read_columns(entries: dict[str, Any], start: int, size: int) -> dict[str, tuple[np.dtype, tuple[int, ...], int]]:
+    """name → (dtype, shape, first byte) of the columns of an index file of `size` bytes, whose header has `start`.
+
+    Raises ValueError, KeyError or TypeError where they cannot be mapped from it.
+    """
+    columns, end = {}, start
+    for name, entry in entries.items():
+        dtype, shape, (first, last) = _DTYPES[entry["dtype"]], tuple(map(int, entry["shape"])), entry["data_offsets"]
+        if len(shape) > 2 or min(first, *shape) < 0 or last - first != math.prod(shape) * dtype.itemsize:
+            raise ValueError(f"column {name} of shape {list(shape[:3])}")
+        columns[name] = (dtype, shape, start + first)
+        end = max(end, start + last)
+    if size != end:
+        raise ValueError("cut off")
+    (count,) = columns["width"][1]
+    shapes = {"key.start": (count + 1,), "caption_length": (count, columns["caption_length"][1][-1])}
+    for name in ("height", "by_hash", "key.bytes", "key.start", "rejected", *columns):
+        shape = columns[name][1]
+        if shape != shapes.get(name, (count,)) and not (name in ("key.bytes", "rejected") and len(shape) == 1):
+            raise ValueError(f"column {name} of shape {list(shape)} for {count} samples")
+    return columns
+
+
 # ---- building
 
 
@@ -213,11 +250,12 @@ def build_index(path: str | Path, url: str | None = None, version: str | None = 
                 samples[key] = (width, height, lengths)
                 spans = [(extension, member.offset, member.size) for extension, member in sorted(group.items())]
                 digest.update(json.dumps([key, spans]).encode() + content)
+        sha256 = _sha256(file) if any("safetensors" in groups[key] for key in samples) else ""
     facts = {
-        "format": _FORMAT,
         "size": stat.st_size,
         "version": str(stat.st_mtime_ns) if version is None else version,
         "digest": digest.hexdigest(),
+        "sha256": sha256,
         "damage": damage,
         "rejected": list(reasons.items()),
     }
@@ -245,12 +283,26 @@ def _serialize(
         "caption_length": caption_length,
         "by_hash": np.argsort(hashes, kind="stable").astype(np.uint32),
     }
-    for extension in sorted({extension for group in groups.values() for extension in group}):
+    for extension in sorted(_READ & {extension for group in groups.values() for extension in group}):
         members = [group.get(extension) for group in groups.values()]
         columns[f"offset.{extension}"] = np.array([m.offset // _BLOCK if m else 0 for m in members], np.uint32)
         columns[f"length.{extension}"] = np.array([m.size if m else _ABSENT for m in members], np.uint32)
-    facts["sizes"] = [[*size, count] for size, count in sizes.items()] if len(sizes) <= _MAX_SIZES else None
-    return save(columns, {"index": json.dumps(facts)})
+    rejected = [[_cut(key), _cut(reason)] for key, reason in facts.pop("rejected")]
+    columns["rejected"] = np.frombuffer(json.dumps(rejected).encode() if rejected else b"", np.uint8)
+    listed = [[*size, count] for size, count in sizes.items()] if len(sizes) <= _MAX_SIZES else None
+    return save(columns, {"index": json.dumps({**facts, "format": _FORMAT, "sizes": listed})})
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _MAX_SAID else text[: _MAX_SAID - 1] + "…"
+
+
+def _sha256(file: BinaryIO) -> str:
+    file.seek(0)
+    digest = hashlib.sha256()
+    while piece := file.read(2**22):
+        digest.update(piece)
+    return digest.hexdigest()
 
 
 def _group(members: list[Member]) -> tuple[dict[str, dict[str, Member]], dict[str, str]]:
@@ -304,18 +356,28 @@ def _measure(file: BinaryIO, group: dict[str, Member]) -> tuple[int, int, list[i
         raise DecodeError(f"no image: only {others} (a key ends at the first dot of the name)")
     if "txt" not in group:
         raise DecodeError("no caption")
-    content = read(group["txt"])
+    if image.size > safety.MAX_IMAGE:
+        raise DecodeError(f"image too large: {image.size:,} bytes")
+    content = read(group["txt"], length=safety.MAX_TEXT + 1)
     caption = safety.read_caption(content)
     # Through a window: Pillow reads no further than the header, and the pixels are most of a shard.
-    width, height = image_size(io.BufferedReader(_Window(file, image.offset, image.size), 2**14))
+    width, height = image_size(io.BufferedReader(_Window(file, image, _most_of_header(read(image, length=12))), 2**14))
+    if image.size > 8 * width * height + _MAX_IMAGE_HEADER:
+        raise DecodeError(f"image too large: {image.size:,} bytes for {width}×{height} pixels")
     return width, height, [len(caption)], content
 
 
-class _Window(io.RawIOBase):
-    """A member of an open tar as a file of its own."""
+def _most_of_header(magic: bytes) -> int:
+    """Bytes that Pillow may read of an image before its pixels: of a WebP it reads everything."""
+    return safety.MAX_IMAGE if magic[:4] == b"RIFF" and magic[8:] == b"WEBP" else _MAX_IMAGE_HEADER
 
-    def __init__(self, file: BinaryIO, start: int, size: int) -> None:
-        self._file, self._start, self._size, self._at = file, start, size, 0
+
+class _Window(io.RawIOBase):
+    """A member of an open tar as a file of its own, of which at most `most` bytes are read."""
+
+    def __init__(self, file: BinaryIO, member: Member, most: int) -> None:
+        self._file, self._start, self._size, self._at = file, member.offset, member.size, 0
+        self._left = most
 
     def readable(self) -> bool:
         return True
@@ -333,4 +395,7 @@ class _Window(io.RawIOBase):
         self._file.seek(self._start + self._at)
         count = self._file.readinto(view) if len(view) else 0  # type: ignore[attr-defined]
         self._at += count
+        self._left -= count
+        if self._left < 0:
+            raise ValueError("too much before the pixels")
         return count

@@ -25,8 +25,7 @@ class _Part(NamedTuple):
     slot: Slot
 
 
-@lru_cache(maxsize=65536)
-def _parts(header: bytes, caption: int) -> tuple[int, tuple[_Part, ...]]:
+def _find_parts(header: bytes, caption: int) -> tuple[int, tuple[_Part, ...]]:
     """Bytes of the whole member, and the tensors of one caption in the order they stand in. Raises DecodeError."""
     found = layout.parse(header)
     suffix = f".{caption}" if caption else ""
@@ -38,6 +37,9 @@ def _parts(header: bytes, caption: int) -> tuple[int, tuple[_Part, ...]]:
     if f"pooled{suffix}" not in found.slots:
         raise DecodeError(f"no caption {caption}")
     return found.size, tuple(sorted(listed, key=lambda part: part.slot.start))
+
+
+_known_parts = lru_cache(maxsize=65536)(_find_parts)
 
 
 def read(reader: ShardReader, places: Sequence[tuple[int, int, int]]) -> dict[str, Tensor]:
@@ -56,7 +58,8 @@ def read(reader: ShardReader, places: Sequence[tuple[int, int, int]]) -> dict[st
         stop = layout.header_bytes(head)
         header = head[:stop] if stop <= len(head) else os.pread(reader.handle(shard), stop, offset)
         try:
-            size, found = _parts(header, caption)
+            small = len(header) <= layout.HEAD_BYTES
+            size, found = (_known_parts if small else _find_parts)(header, caption)
         except DecodeError:
             raise reader.cut(shard) from None
         if size != length or (parts and not _alike(parts[0], found)):

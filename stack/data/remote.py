@@ -29,8 +29,9 @@ from pydantic import Field
 from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
 
 from stack.config import Config, UserError
-from stack.data.safety import check_source, redact
+from stack.data.safety import check_source
 from stack.log import say
+from stack.shown import redact
 
 ATTEMPTS = 6  # of one request
 FIRST_WAIT = 2.0  # seconds; a wait is drawn between 0 and this, doubled after each attempt,

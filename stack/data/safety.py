@@ -15,10 +15,15 @@ from typing import IO, NamedTuple
 from PIL import Image
 
 from stack.config import UserError
+from stack.shown import is_redacted, redact
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 FORBIDDEN_EXTENSIONS = frozenset({"pyd", "pkl", "pickle", "pth", "pt"})
 MAX_PIXELS = 64 * 2**20
+MAX_IMAGE = 64 * 2**20
+"""Bytes of an image file, which is read whole."""
+MAX_TEXT = 2**20
+"""Bytes of a caption, or of a JSON member that is read."""
 _IMAGE_FORMATS = ("JPEG", "PNG", "WEBP")
 
 
@@ -51,22 +56,13 @@ class RejectLog:
 def check_source(source: str) -> None:
     """Raise UserError if `source`, a path or URL of shards, asks for a pipe, a chained URL or shell expansion."""
     shown = repr(redact(source))
+    if is_redacted(source):
+        raise UserError(f"{shown}: passwords and queries of URLs are not saved; give the URL again as an override")
     if source.startswith("pipe:"):
         raise UserError(f"{shown}: pipe: runs a shell and is refused; name a file, a folder or a URL")
     for token in ("::", "${", "$(", "`"):
         if token in source:
             raise UserError(f"{shown}: {token!r} is not expanded here; write the path or URL out")
-
-
-def redact(text: str) -> str:
-    """`text` without the user names, passwords and query strings of its URLs, for messages and logs.
-
-    >>> redact("https://user:pw@host/a.tar?X-Amz-Signature=abc is gone")
-    'https://***@host/a.tar?*** is gone'
-    """
-    text = re.sub(r"(?<=://)[^\s/?#]*@", "***@", text)
-    # A query may hold any character but white space, so quotes and brackets right behind it are lost with it.
-    return re.sub(r"(://[^\s?]*\?)\S+", r"\1***", text)
 
 
 def split_name(name: str) -> tuple[str, str]:
@@ -105,7 +101,9 @@ def open_image(data: bytes | IO[bytes]) -> Image.Image:
 
 
 def read_caption(data: bytes) -> str:
-    """The caption in a .txt member, stripped. Raises DecodeError if it is empty or not UTF-8."""
+    """The caption in a .txt member, stripped. Raises DecodeError if it is empty, too large or not UTF-8."""
+    if len(data) > MAX_TEXT:
+        raise DecodeError(f"caption too large: more than {MAX_TEXT:,} bytes")
     try:
         caption = data.decode("utf-8").strip()
     except UnicodeDecodeError as error:

@@ -16,11 +16,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import torch
+from pydantic import PositiveInt
 from torch import Tensor
 
 from stack.config import Config, UserError, validate
 from stack.data import remote
-from stack.data.safety import redact
+from stack.data.safety import check_source
+from stack.shown import redact
 from stack.text.conditioning import EncodedText
 
 if TYPE_CHECKING:
@@ -104,8 +106,8 @@ class Manifest(Config):
     """Names of the captions that a sample has, in the order of their numbers."""
     scale: float
     shift: float
-    latent_channels: int
-    latent_factor: int
+    latent_channels: PositiveInt
+    latent_factor: PositiveInt
     """Pixels of an image's side to one position of its latent's."""
     latent_mean: list[float]
     latent_std: list[float]
@@ -155,8 +157,12 @@ class Manifest(Config):
 def load_manifest(folder: str | Path) -> Manifest:
     """The manifest of a folder or URL. Raises UserError if it holds no finished pre-encoded set of this version."""
     folder = str(folder)
+    check_source(folder)
+    folder = folder.removeprefix("file://")
     path = _in(folder, MANIFEST)
     if remote.is_remote(folder):
+        if "?" in folder:
+            raise UserError(f"data.path: {redact(folder)}: the URL of a folder has no query")
         data = remote.read_bytes(f"{folder.rstrip('/')}/{MANIFEST}", max_bytes=2**30)
     elif not Path(folder).is_dir():
         raise UserError(f"data.path: {folder}: no such folder; make it with `mmdit preencode`")
@@ -166,11 +172,17 @@ def load_manifest(folder: str | Path) -> Manifest:
         raise UserError(f"{redact(folder)}: no {MANIFEST}; pre-encoding has not finished, run `mmdit preencode` again")
     try:
         values = json.loads(data)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON: {error}") from None
-    if values.get("version") != VERSION:
-        raise UserError(f"{path}: version {values.get('version')!r}, this version of the stack reads {VERSION}")
-    return validate(Manifest, values, path)
+    version = values.get("version") if isinstance(values, dict) else None
+    if version != VERSION:
+        raise UserError(f"{path}: version {version!r}, this version of the stack reads {VERSION}")
+    manifest = validate(Manifest, values, path)
+    try:
+        _ = manifest.empty_text
+    except Exception as error:  # whatever a damaged file makes of it
+        raise UserError(f"{path}: empty_caption cannot be read: {error}") from None
+    return manifest
 
 
 def _in(folder: str, name: str) -> str:

@@ -14,6 +14,7 @@ from heapq import merge
 from itertools import accumulate, islice
 from multiprocessing import get_context
 from pathlib import Path
+from stat import S_ISREG
 from typing import BinaryIO
 from zlib import crc32
 
@@ -21,12 +22,14 @@ import numpy as np
 
 from stack.config import UserError
 from stack.data import remote, safety
-from stack.data.index import SUFFIX, ShardIndex, build_index
+from stack.data.index import SUFFIX, ShardIndex, build_index, without_query
 from stack.data.remote import ShardCache, Stat, is_remote
+from stack.shown import redact
 
 _PARALLEL_BYTES = 2**28  # shards to index of less in all are not worth starting processes for
 _REQUESTS = 32  # to a store at once
 _MAX_MAPPED = 256  # indices whose columns are mapped at once
+_MAX_PATTERNS = 10**6  # that braces may expand to
 
 # ---- finding shards
 
@@ -58,15 +61,24 @@ def _local_shards(pattern: str) -> list[str]:
 
 
 def _expand_braces(text: str) -> list[str]:
-    match = re.search(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}", text)
-    if match is None:
-        return [text]
-    first, last, names = match.groups()
-    if names is None:
-        parts = [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
-    else:
-        parts = names.split(",")
-    return [whole for part in parts for whole in _expand_braces(text[: match.start()] + part + text[match.end() :])]
+    """Raises UserError above `_MAX_PATTERNS`, before they fill the memory."""
+    found: list[str] = []
+    waiting = [text]
+    while waiting:
+        pattern = waiting.pop()
+        match = re.search(r"\{(?:(\d{1,18})\.\.(\d{1,18})|([^{}]*,[^{}]*))\}", pattern)
+        if match is None:
+            found.append(pattern)
+            continue
+        first, last, names = match.groups()
+        parts: Sequence[object] = names.split(",") if names is not None else range(int(first), int(last) + 1)
+        if not parts:
+            raise UserError(f"{redact(text)}: {match[0]} counts backwards")
+        if len(found) + len(waiting) + len(parts) > _MAX_PATTERNS:
+            raise UserError(f"{redact(text)}: these braces mean more than {_MAX_PATTERNS:,} shards")
+        before, after, width = pattern[: match.start()], pattern[match.end() :], len(first or "")
+        waiting += [f"{before}{str(part).zfill(width)}{after}" for part in reversed(parts)]
+    return found
 
 
 # ---- indexing
@@ -132,12 +144,14 @@ class _Work:
             assert cache is not None, "a remote source needs a cache"
             self.stat = remote.stat(url)
             folder = folder or cache.dir / "index"
-            parent = url.rpartition("/")[0]
+            parent = without_query(url).rpartition("/")[0]
         else:
             found = os.stat(url)
+            if not S_ISREG(found.st_mode):  # a pipe would wait for its writer for ever
+                raise UserError(f"{url}: not a regular file")
             self.stat = Stat(found.st_size, str(found.st_mtime_ns))
-            parent = str(Path(url).resolve().parent)
-        name = Path(url).stem + SUFFIX
+            parent = str(Path(url).parent.resolve())  # not what the shard links to: two links may share its name
+        name = Path(without_query(url)).stem + SUFFIX
         if folder is None:
             self.path = Path(url).with_name(name)
         else:  # shards of two folders often share their names
@@ -159,7 +173,11 @@ class _Work:
         """The index that lies beside a remote shard."""
         if not is_remote(self.url):
             return None
-        data = remote.read_bytes(self.url.removesuffix(".tar") + SUFFIX, max_bytes=2**30)
+        path = without_query(self.url)
+        try:
+            data = remote.read_bytes(path.removesuffix(".tar") + SUFFIX + self.url[len(path) :], max_bytes=2**30)
+        except PermissionError:  # what a store says of all it lacks, if it must not be listed
+            return None
         try:
             index = ShardIndex(self.url, data) if data is not None else None
         except ValueError:
@@ -195,7 +213,7 @@ def _build_all(works: Sequence[_Work]) -> Iterator[ShardIndex]:
 
 
 def changed(url: str, how: str) -> UserError:
-    where = safety.redact(url)
+    where = redact(url)
     return UserError(
         f"{where}: the shard changed since it was indexed ({how}); index it again: mmdit data index {where}"
     )
@@ -329,6 +347,6 @@ def unique_names(indices: Iterable[ShardIndex]) -> None:
     seen: dict[str, str] = {}
     for index in indices:
         if index.name in seen:
-            both = f"{safety.redact(seen[index.name])} and {safety.redact(index.url)}"
+            both = f"{redact(seen[index.name])} and {redact(index.url)}"
             raise UserError(f"{both} have the same file name; encode their folders separately")
         seen[index.name] = index.url

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +24,23 @@ from stack.train.sampler import SamplerConfig
 
 
 def evaluate(
-    run: Path, step: int | None, num_scenes: int, sampling: dict[str, Any], seed: int, batch_size: int
+    run: Path,
+    step: int | None,
+    num_scenes: int,
+    sampling: dict[str, Any],
+    seed: int,
+    batch_size: int,
+    overrides: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Measure one snapshot, append the result to RUN/eval.jsonl, put the judged samples under RUN/eval/STEP/.
 
     sampling: keys of SamplerConfig that win over those of the run's own sample grids.
+    overrides: of the run's configuration, dotted.
     num_scenes: samples for each of one and two shapes, seen and held-out combinations; 0 leaves scenes out.
     """
     if not (run / "config.yaml").exists():
         raise UserError(f"{run}: no config.yaml; not a run folder")
-    trained = configuration.load(TrainConfig, run / "config.yaml")
+    trained = configuration.load(TrainConfig, run / "config.yaml", overrides)
     device = dist.device()
     data, objective = recipe.build(trained, device)
     snap = snapshot.read(run, step)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,15 @@ from stack.train.autoencoder import AutoencoderConfig
 from stack.train.recipe import TrainConfig
 
 
-def export(run: Path, out: Path, step: int | None, num_samples: int, replace: bool) -> dict[str, Any]:
+def export(
+    run: Path, out: Path, step: int | None, num_samples: int, replace: bool, overrides: Sequence[str] = ()
+) -> dict[str, Any]:
     """Write snapshot `step` (default: the newest) of `run` into the folder `out`, which appears by rename.
 
     UserError where `out` exists and is not to be replaced.
 
-    num_samples: images over which an autoencoder's latent statistics are measured. Returns facts to show.
+    num_samples: images over which an autoencoder's latent statistics are measured.  overrides: of the run's
+    configuration, dotted. Returns facts to show.
     """
     if out.exists() and not replace:
         raise UserError(f"{out} exists already: name another folder, or give --replace")
@@ -35,7 +39,8 @@ def export(run: Path, out: Path, step: int | None, num_samples: int, replace: bo
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     if snap.metadata["kind"] == "autoencoder":
-        facts = _autoencoder(run, snap, partial, num_samples)
+        config = configuration.load(TrainConfig, run / "config.yaml", overrides)
+        facts = _autoencoder(config, snap, partial, num_samples)
     else:
         facts = _mmdit(snap, partial)
     for file in partial.iterdir():
@@ -54,9 +59,8 @@ def _mmdit(snap: snapshot.Snapshot, out: Path) -> dict[str, Any]:
 
 
 @torch.inference_mode()
-def _autoencoder(run: Path, snap: snapshot.Snapshot, out: Path, num_samples: int) -> dict[str, Any]:
+def _autoencoder(config: TrainConfig, snap: snapshot.Snapshot, out: Path, num_samples: int) -> dict[str, Any]:
     """A diffusers folder whose scale and shift bring latents to mean 0 and variance 1 over all channels."""
-    config = configuration.load(TrainConfig, run / "config.yaml")
     assert isinstance(config.data, ImageData)
     codec = autoencoder.build(AutoencoderConfig(**snap.metadata["autoencoder"]), seed=0)
     codec.load_state_dict(snap.weights)

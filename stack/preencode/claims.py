@@ -21,6 +21,8 @@ from pathlib import Path
 
 import psutil
 
+from stack.files import create
+
 HEARTBEAT_S = 10.0
 STALE_S = 60.0
 
@@ -60,7 +62,8 @@ class Claims:
     def _create(self, path: Path, mark: str) -> bool:
         """By a hard link, which is atomic on network file systems too, and never shows half a file."""
         draft = self._draft(path)
-        draft.write_text(mark)
+        with create(draft) as file:
+            file.write(mark.encode())
         try:
             os.link(draft, path)
         except FileExistsError:
@@ -102,7 +105,7 @@ class Claims:
 
     def _now(self) -> float:
         probe = self._draft(self._folder / "clock")
-        probe.touch()
+        create(probe).close()
         now = probe.stat().st_mtime
         probe.unlink()
         return now

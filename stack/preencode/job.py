@@ -33,6 +33,7 @@ from stack.log import progress, say
 from stack.preencode.claims import Claims, owners, sweep
 from stack.preencode.pipeline import CHUNK_BATCHES, Encoders, compute_dtype, overlapped, read_samples
 from stack.preencode.writer import ShardWriter, stats_path
+from stack.shown import redact
 from stack.text.encoders import TextConfig, TextEncoders, fingerprints
 
 _POLL_S = 1.0
@@ -149,7 +150,7 @@ def _check_form(config: PreencodeConfig, source: ShardSet, encoders: Encoders) -
     if (encoders.codec.channels, encoders.codec.factor) != (mlperf.CHANNELS, mlperf.FACTOR):
         odd.append(f"an autoencoder of {mlperf.CHANNELS} channels and factor {mlperf.FACTOR}")
     if odd:
-        raise UserError(f"{config.source}: MLPerf's samples need {', '.join(odd)}")
+        raise UserError(f"{redact(config.source)}: MLPerf's samples need {', '.join(odd)}")
 
 
 def _mark(config: PreencodeConfig, source: ShardSet) -> str:
@@ -233,7 +234,7 @@ def _write_manifest(
 ) -> Manifest:
     filled = [s for s in stats if s["samples"]]
     if not filled:
-        raise UserError(f"{config.source}: not one sample could be encoded; see {config.out / '*_stats.json'}")
+        raise UserError(f"{redact(config.source)}: not one sample could be encoded; see {config.out / '*_stats.json'}")
     positions = sum(s["positions"] for s in filled)
     mean = np.sum([s["sum"] for s in filled], axis=0) / positions
     variance = np.sum([s["squares"] for s in filled], axis=0) / positions - mean**2

@@ -19,7 +19,7 @@ from stack.config import UserError
 from stack.data import mlperf
 from stack.data.buckets import BucketRule, fit
 from stack.data.images import decode_image, to_bucket
-from stack.data.safety import DecodeError, Rejected, read_caption
+from stack.data.safety import MAX_TEXT, DecodeError, Rejected, read_caption
 from stack.data.schema import EncodedSample
 from stack.data.shards import ShardReader
 from stack.text.conditioning import EncodedText
@@ -155,8 +155,11 @@ def _ready(reader: ShardReader, shard: int, row: int, bucket: int, side: tuple[i
 
 def _fields(reader: ShardReader, shard: int, row: int) -> dict[str, Any]:
     """KEY.json, empty if the sample has none. Raises DecodeError."""
-    if not reader.indices[shard].has(row, "json"):
+    index = reader.indices[shard]
+    if not index.has(row, "json"):
         return {}
+    if index.span(row, "json")[1] > MAX_TEXT:
+        raise DecodeError(f"JSON too large: more than {MAX_TEXT:,} bytes")
     try:
         fields = json.loads(reader.read(shard, row, "json"))
     except (ValueError, RecursionError) as error:

@@ -17,7 +17,7 @@ import webdataset
 
 from stack.data.schema import EncodedSample, T5Dtype, sample_to_bytes
 from stack.data.shards import index_shards
-from stack.files import publish
+from stack.files import create, publish
 
 
 class ShardWriter:
@@ -28,7 +28,7 @@ class ShardWriter:
         self._dtype, self._t5_dtype = dtype, t5_dtype
         self._partial = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self._partial.open("w+b")  # a name would be taken for a URL if it looks like one
+        self._file = create(self._partial)  # a name would be taken for a URL if it looks like one
         self._tar = webdataset.TarWriter(self._file, mtime=0, mode=0o644)
         self._count = 0
         self._positions = 0

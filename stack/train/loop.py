@@ -64,7 +64,7 @@ def train(config: TrainConfig) -> bool:
         start = state["step"] if state else 0
         guard = Guard(config.run.max_nonfinite, *((state["skipped"], state["in_a_row"]) if state else (0, 0)))
         sums = _own_sums(state["sums"]) if state else defaultdict(float)
-        metrics = Metrics(run, config.log, start, state["wandb"] if state else None, config.model_dump(mode="json"))
+        metrics = Metrics(run, config.log, start, state["wandb"] if state else None, configuration.public(config))
         batches = iter(data.loader(start, total, dist.rank(), dist.world_size(), accumulate))
 
         with Preemption() as preemption, progress(run.name, total, "step", start) as advance:
@@ -158,6 +158,7 @@ def _refuse_another_run(run: Path, config: TrainConfig) -> None:
     if dist.rank() == 0 and path.exists() and any((run / "checkpoints").glob("*/COMPLETE")):
         try:
             known = configuration.load(TrainConfig, path)
+            config = configuration.validate(TrainConfig, configuration.public(config), "values")  # as they are saved
             pairs = [(f"{name}.", getattr(known, name), getattr(config, name), free) for name, free in _FREE.items()]
             changed = [
                 prefix + key

@@ -41,7 +41,7 @@ def write(folder: Path, shards: int, samples: int) -> None:
         )
         keys = [f"{kind:05}{row:07}" for row in range(samples)]
         groups = {key: {"safetensors": Member("", row * 204_800, 200_000, "file")} for row, key in enumerate(keys)}
-        facts = {"format": 2, "size": samples * 200_000, "version": str(10**18), "digest": str(kind)}
+        facts = {"sha256": "", "size": samples * 200_000, "version": str(10**18), "digest": str(kind)}
         measured = {key: (*SIDES[side], [int(length)]) for key, side, length in zip(keys, sides, lengths, strict=True)}
         data = _serialize({**facts, "damage": "", "rejected": []}, groups, measured)
         (folder / f"{kind:05}{SUFFIX}").write_bytes(data)
