@@ -52,11 +52,23 @@ class RejectLog:
 
 def check_source(source: str) -> None:
     """Raise UserError if `source`, a path or URL of shards, asks for a pipe, a chained URL or shell expansion."""
+    shown = repr(redact(source))
     if source.startswith("pipe:"):
-        raise UserError(f"{source!r}: pipe: runs a shell and is refused; name a file, a folder or a URL")
+        raise UserError(f"{shown}: pipe: runs a shell and is refused; name a file, a folder or a URL")
     for token in ("::", "${", "$(", "`"):
         if token in source:
-            raise UserError(f"{source!r}: {token!r} is not expanded here; write the path or URL out")
+            raise UserError(f"{shown}: {token!r} is not expanded here; write the path or URL out")
+
+
+def redact(text: str) -> str:
+    """`text` without the user names, passwords and query strings of its URLs, for messages and logs.
+
+    >>> redact("https://user:pw@host/a.tar?X-Amz-Signature=abc is gone")
+    'https://***@host/a.tar?*** is gone'
+    """
+    text = re.sub(r"(?<=://)[^\s/?#]*@", "***@", text)
+    # A query may hold any character but white space, so quotes and brackets right behind it are lost with it.
+    return re.sub(r"(://[^\s?]*\?)\S+", r"\1***", text)
 
 
 def split_name(name: str) -> tuple[str, str]:

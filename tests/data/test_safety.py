@@ -29,6 +29,29 @@ def test_plain_sources_pass() -> None:
         safety.check_source(source)
 
 
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("https://user:pw@host/a.tar?X-Amz-Signature=abc", "https://***@host/a.tar?***"),
+        ("s3://key:p@ss@bucket/a@b.tar", "s3://***@bucket/a@b.tar"),
+        (
+            "HTTP 503 for https://h/a?b=c, url='http://t@h/x?y=z'",
+            "HTTP 503 for https://h/a?*** url='http://***@h/x?***",
+        ),
+        ("no URL: a@b.c? yes, why://not", "no URL: a@b.c? yes, why://not"),
+        ("https://h:80/a.tar is gone", "https://h:80/a.tar is gone"),
+    ],
+)
+def test_urls_are_shown_without_secrets(text: str, shown: str) -> None:
+    assert safety.redact(text) == shown
+    assert safety.redact(shown) == shown
+
+
+def test_a_refused_source_is_shown_without_secrets() -> None:
+    with pytest.raises(UserError, match=r"^'https://\*\*\*@h/a::b'"):
+        safety.check_source("https://user:pw@h/a::b")
+
+
 @pytest.mark.parametrize("name", ["a.pkl", "a.npy.PTH", "b/a.pt", "a.pyd", "a.pickle"])
 def test_names_that_run_code_are_refused(name: str) -> None:
     assert safety.refuse_name(name).startswith("forbidden member")
