@@ -14,6 +14,7 @@ from safetensors.torch import save
 from stack.config import UserError
 from stack.data import safety
 from stack.data.safety import DecodeError, RejectLog
+from stack.shown import redact
 
 
 @pytest.mark.parametrize(
@@ -27,6 +28,29 @@ def test_shell_and_chained_sources_are_refused(source: str) -> None:
 def test_plain_sources_pass() -> None:
     for source in ["data/{00000..00007}.tar", "/a/b", "s3://bucket/x.tar", "pipes/a:b.tar"]:
         safety.check_source(source)
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("https://user:pw@host/a.tar?X-Amz-Signature=abc", "https://***@host/a.tar?***"),
+        ("s3://key:p@ss@bucket/a@b.tar", "s3://***@bucket/a@b.tar"),
+        (
+            "HTTP 503 for https://h/a?b=c, url='http://t@h/x?y=z'",
+            "HTTP 503 for https://h/a?*** url='http://***@h/x?***",
+        ),
+        ("no URL: a@b.c? yes, why://not", "no URL: a@b.c? yes, why://not"),
+        ("https://h:80/a.tar is gone", "https://h:80/a.tar is gone"),
+    ],
+)
+def test_urls_are_shown_without_secrets(text: str, shown: str) -> None:
+    assert redact(text) == shown
+    assert redact(shown) == shown
+
+
+def test_a_refused_source_is_shown_without_secrets() -> None:
+    with pytest.raises(UserError, match=r"^'https://\*\*\*@h/a::b'"):
+        safety.check_source("https://user:pw@h/a::b")
 
 
 @pytest.mark.parametrize("name", ["a.pkl", "a.npy.PTH", "b/a.pt", "a.pyd", "a.pickle"])
