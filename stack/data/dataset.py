@@ -9,7 +9,7 @@ import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -22,9 +22,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from stack import dist
 from stack.config import Config, UserError
-from stack.data import latents
+from stack.data import latents, mlperf
 from stack.data.buckets import BucketConfig, BucketRule, unfilled
 from stack.data.images import decode_image, to_bucket
+from stack.data.index import ShardIndex
 from stack.data.plan import WINDOW, BatchPlan, Draw, Rows, StepSampler
 from stack.data.remote import CacheConfig, ShardCache, Stat, is_remote
 from stack.data.safety import DecodeError, Rejected, RejectLog
@@ -143,7 +144,10 @@ class _Table:
         start, stop = self._samples.starts[shard : shard + 2].tolist()
         first, last = np.searchsorted(self._held_out, (start, stop))
         kept = np.delete(np.arange(stop - start), self._held_out[first:last] - start)
-        return Rows(start + kept, self._bucket(shard, kept), self._samples.index(shard).caption_length[kept])
+        lengths = self._samples.index(shard).caption_length[kept, : len(self.caption_weights)]
+        absent = len(self.caption_weights) - lengths.shape[1]  # captions that no sample of this shard has
+        lengths = np.pad(lengths, ((0, 0), (0, absent)), constant_values=-1)
+        return Rows(start + kept, self._bucket(shard, kept), lengths)
 
     def _bucket(self, shard: int, rows: Any) -> np.ndarray:
         index = self._samples.index(shard)
@@ -173,6 +177,7 @@ class ShardData(Dataset):
             sets[source] = ShardSet(index_shards(source, config.index, self._cache))
             check(source, sets[source])
         self.shards = ShardSet([index for one in sets.values() for index in one.indices])
+        say_damage(self.shards.indices)
         self._refuse_many_rejected(self.shards)
         self._reader = ShardReader(self.shards.indices, self._cache)
         held_out = self.shards.lowest_hashes(config.max_validation, int(config.validation_share * 2**32))
@@ -218,21 +223,25 @@ class ShardData(Dataset):
         return unfilled(counts.tolist(), self.config.batch_size, BucketRule(buckets=tuple(self.sides)))
 
     def __getitems__(self, draws: Sequence[Draw]) -> Any:
-        """One micro-batch (torch's loader asks for the samples of a batch at once)."""
-        return self._batch(draws)
+        """One micro-batch (torch's loader asks for the samples of a batch at once), or the error that it met."""
+        try:
+            return self._batch(draws)
+        except (UserError, OSError) as error:
+            return error
 
-    def loader(self, start: int, stop: int, rank: int, world: int, micro_batches: int) -> Iterable[Any]:
+    def loader(self, start: int, stop: int, rank: int, world: int, micro_batches: int) -> Iterator[Any]:
         """This rank's micro-batches of steps start…stop, `micro_batches` a step."""
         sampler = StepSampler(self.plan, start, stop, rank, world, micro_batches)
         if any(is_remote(index.url) for index in self.shards.indices) and dist.local_rank() == 0:
             threading.Thread(target=self._fetch_ahead, args=(sampler,), daemon=True).start()
-        return DataLoader(
+        batches = DataLoader(
             self,
             batch_sampler=sampler,
             collate_fn=_as_it_is,
             num_workers=self.config.workers,
             worker_init_fn=_leave_signals_to_the_rank,
         )
+        return map(_raise_mistake, batches)
 
     def _fetch_ahead(self, sampler: StepSampler) -> None:
         """Bring the shards of the window behind the sampler's into the node's cache while that one is trained on."""
@@ -267,8 +276,22 @@ class ShardData(Dataset):
             start = stop
 
 
+def _raise_mistake(batch: Any) -> Any:
+    """Errors of a worker are raised here: torch would put its traceback into their text."""
+    if isinstance(batch, Exception):
+        raise batch
+    return batch
+
+
 def _as_it_is(batch: Any) -> Any:
     return batch
+
+
+def say_damage(indices: Sequence[ShardIndex]) -> None:
+    """Name the shards of which a part may be missing."""
+    for index in indices:
+        if index.damage:
+            say(f"{redact(index.url)}: shard {index.damage}: {len(index):,} samples of it are used")
 
 
 def check_budget(broken: Sequence[Rejected], total: int, most: float) -> None:
@@ -303,7 +326,7 @@ class LatentDataset(ShardData):
         self._of_code = np.array([known[code >> 32, code & (2**32 - 1)] for code in self._codes.tolist()])
 
         def check(folder: str, shards: ShardSet) -> None:
-            manifests[folder].check_shards(folder, {index.name: len(index) for index in shards.indices})
+            manifests[folder].check_shards(folder, {one.name: (len(one), one.sha256) for one in shards.indices})
 
         super().__init__(config, seed, sources, self._caption_weights(config), check)
 
@@ -351,7 +374,7 @@ class ImageDataset(ShardData):
         self.sides = self._rule.buckets
 
         def check(source: str, shards: ShardSet) -> None:
-            if any(index.encoded for index in shards.indices):
+            if any(index.encoded or mlperf.EXTENSIONS[0] in index.extensions for index in shards.indices):
                 raise UserError(f"data.source: {redact(source)} holds pre-encoded shards; name raw ones")
             if dist.rank() == 0:
                 for index in shards.indices:

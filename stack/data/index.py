@@ -37,7 +37,6 @@ _BLOCK = 512  # bytes of a tar's block: members begin at multiples of it
 _ABSENT = 2**32 - 1  # length of a member that a sample lacks
 _MAX_MEMBER = 2**32 - 2
 _MAX_IMAGE_HEADER = 2**23  # bytes before the pixels, or beside what they take without compression
-_MAX_SAID = 300  # characters that are kept of a rejected sample's key and reason
 _READ = frozenset({*safety.IMAGE_EXTENSIONS, "txt", "json", "safetensors", *mlperf.EXTENSIONS})
 _DTYPES: dict[str, np.dtype] = {"U8": np.dtype("u1"), "U32": np.dtype("<u4"), "I32": np.dtype("<i4")}
 
@@ -287,14 +286,10 @@ def _serialize(
         members = [group.get(extension) for group in groups.values()]
         columns[f"offset.{extension}"] = np.array([m.offset // _BLOCK if m else 0 for m in members], np.uint32)
         columns[f"length.{extension}"] = np.array([m.size if m else _ABSENT for m in members], np.uint32)
-    rejected = [[_cut(key), _cut(reason)] for key, reason in facts.pop("rejected")]
+    rejected = [[safety.cut(key), safety.cut(reason)] for key, reason in facts.pop("rejected")]
     columns["rejected"] = np.frombuffer(json.dumps(rejected).encode() if rejected else b"", np.uint8)
     listed = [[*size, count] for size, count in sizes.items()] if len(sizes) <= _MAX_SIZES else None
     return save(columns, {"index": json.dumps({**facts, "format": _FORMAT, "sizes": listed})})
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= _MAX_SAID else text[: _MAX_SAID - 1] + "…"
 
 
 def _sha256(file: BinaryIO) -> str:

@@ -386,6 +386,7 @@ class ShardCache:
 
     def __init__(self, config: CacheConfig) -> None:
         self.dir = config.dir or Path(tempfile.gettempdir(), f"mmdit-cache-{os.getuid()}")
+        self._must_be_ours = config.dir is None  # anyone can make a folder of this name
         self.max_bytes = int(config.max_gb * 1e9)
 
     def fetch(self, url: str, expected: Stat) -> Path:
@@ -409,6 +410,8 @@ class ShardCache:
             raise UserError(f"{redact(url)}: the shard has {sizes}")
         try:
             self.dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+            if self._must_be_ours and self.dir.lstat().st_uid != os.getuid():
+                raise UserError(f"{self.dir}: another user made this folder; name one as cache.dir")
             while True:
                 with suppress(FileNotFoundError):
                     file = entry.open("rb")

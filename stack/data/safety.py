@@ -24,6 +24,7 @@ MAX_IMAGE = 64 * 2**20
 """Bytes of an image file, which is read whole."""
 MAX_TEXT = 2**20
 """Bytes of a caption, or of a JSON member that is read."""
+MAX_SAID = 300
 _IMAGE_FORMATS = ("JPEG", "PNG", "WEBP")
 
 
@@ -38,6 +39,16 @@ class Rejected(NamedTuple):
     reason: str
 
 
+def cut(text: str) -> str:
+    """`text` as far as it is kept of a rejected sample's key and reason: a name in an archive may have megabytes."""
+    return text if len(text) <= MAX_SAID else text[: MAX_SAID - 1] + "…"
+
+
+def entry(shard: str, key: str, reason: str) -> dict[str, str]:
+    """A line of rejected.jsonl."""
+    return {"shard": shard, "key": cut(key), "reason": cut(reason)}
+
+
 class RejectLog:
     """Appends `{"shard", "key", "reason"}` lines to `path` (rejected.jsonl).
 
@@ -50,7 +61,7 @@ class RejectLog:
     def add(self, shard: str, key: str, reason: str) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"shard": shard, "key": key, "reason": reason}) + "\n")
+            file.write(json.dumps(entry(shard, key, reason)) + "\n")
 
 
 def check_source(source: str) -> None:
@@ -81,7 +92,7 @@ def refuse_name(name: str) -> str:
     parts = re.split(r"[/\\]", name)
     if parts[0] == "" or ".." in parts or re.fullmatch(r"[A-Za-z]:", parts[0]):
         return "path outside the archive"
-    extension = name.rpartition(".")[2].lower()
+    extension = re.sub(r"(\.gz)+$", "", name.lower()).rpartition(".")[2]  # webdataset unpacks .pkl.gz and runs it
     return f"forbidden member: .{extension} can run code" if extension in FORBIDDEN_EXTENSIONS else ""
 
 

@@ -143,15 +143,18 @@ class Manifest(Config):
                 values = "" if key == "empty_caption" else f": {getattr(self, key)!r} and {getattr(other, key)!r}"
                 raise UserError(f"data.path: {redact(folder)} and {redact(other_folder)} differ in {key}{values}")
 
-    def check_shards(self, folder: str, found: dict[str, int]) -> None:
-        """UserError where the shards of `folder` (name → samples) are not those of the manifest."""
-        known = {name: record.samples for name, record in self.shards.items()}
-        for name in sorted({*known, *found}):
-            if known.get(name) != found.get(name):
-                raise UserError(
-                    f"{_in(folder, name)}: {found.get(name, 0)} samples, {MANIFEST} says {known.get(name, 0)}: "
-                    "restore the shard, or encode again into a new folder"
-                )
+    def check_shards(self, folder: str, found: dict[str, tuple[int, str]]) -> None:
+        """UserError where the shards of `folder` (name → samples, sha256) are not those of the manifest."""
+        for name in sorted({*self.shards, *found}):
+            samples, sha256 = found.get(name, (0, ""))
+            known = self.shards.get(name, ShardRecord(samples=0, sha256=""))
+            if (name in self.shards, samples) != (name in found, known.samples):
+                problem = f"{samples} samples, {MANIFEST} says {known.samples}"
+            elif samples and sha256 != known.sha256:
+                problem = f"sha256 is {sha256}, {MANIFEST} says {known.sha256}"
+            else:
+                continue
+            raise UserError(f"{_in(folder, name)}: {problem}: restore the shard, or encode again into a new folder")
 
 
 def load_manifest(folder: str | Path) -> Manifest:

@@ -23,9 +23,9 @@ from stack import config as configuration
 from stack.config import Config, UserError
 from stack.data import mlperf
 from stack.data.buckets import BucketConfig, histogram
-from stack.data.dataset import check_budget
+from stack.data.dataset import check_budget, say_damage
 from stack.data.remote import CacheConfig, ShardCache, is_remote
-from stack.data.safety import Rejected
+from stack.data.safety import Rejected, entry
 from stack.data.schema import DTYPES, MANIFEST, Manifest, ShardRecord, T5Dtype, load_manifest, text_tensors, to_bytes
 from stack.data.shards import ShardReader, ShardSet, index_shards, unique_names
 from stack.files import publish
@@ -37,6 +37,7 @@ from stack.shown import redact
 from stack.text.encoders import TextConfig, TextEncoders, fingerprints
 
 _POLL_S = 1.0
+_NOT_BROKEN = ("smaller than min_side", "the tokenizers of")  # reasons that say nothing against a sample
 
 
 class PreencodeConfig(Config):
@@ -85,6 +86,10 @@ def preencode(config: PreencodeConfig) -> Manifest:
     cache = ShardCache(config.cache)
     source = ShardSet(index_shards(config.source, config.index, cache))
     unique_names(source.indices)
+    for index in source.indices:
+        if index.encoded:
+            raise UserError(f"source: {redact(index.url)} holds pre-encoded samples; name raw shards")
+    say_damage(source.indices)
     targets = [config.out / index.name for index in source.indices]
     for index, target in zip(source.indices, targets, strict=True):
         if not is_remote(index.url) and Path(index.url).resolve() == target.resolve():
@@ -95,8 +100,11 @@ def preencode(config: PreencodeConfig) -> Manifest:
     if not all(finished):
         _work(config, source, ShardReader(source.indices, cache), targets, mark)
     stats = [stats for target in targets if (stats := _stats(target, mark)) is not None]
-    known = all(finished) and (config.out / MANIFEST).exists()
-    manifest = load_manifest(config.out) if known else _write_manifest(config, source, targets, stats)
+    if all(finished) and (config.out / MANIFEST).exists():
+        manifest = load_manifest(config.out)
+    else:
+        _check_budget(config, source, dict(enumerate(stats)))
+        manifest = _write_manifest(config, source, targets, stats)
     counts = np.sum([one["buckets"] for one in stats], axis=0).tolist()
     say(f"{config.out}: samples by bucket, width×height\n{histogram(counts, config.buckets.rule())}")
     return manifest
@@ -104,14 +112,13 @@ def preencode(config: PreencodeConfig) -> Manifest:
 
 def _work(config: PreencodeConfig, source: ShardSet, reader: ShardReader, targets: list[Path], mark: str) -> None:
     """Encode shards that nobody has in hand until all are finished, taking over those of workers that died."""
-    rejected: list[Rejected] = [broken for index in source.indices for broken in index.rejected]
-    total = source.num_samples + len(rejected)
-    check_budget(rejected, total, config.max_rejected)
+    known = {number: stats for number, target in enumerate(targets) if (stats := _stats(target, mark)) is not None}
+    _check_budget(config, source, known)
     encoders = Encoders(config)
     if any(mlperf.EXTENSIONS[0] in index.extensions for index in source.indices):
         _check_form(config, source, encoders)
     claims, began = Claims(config.out / ".claims"), time.monotonic()
-    left = {number: target for number, target in enumerate(targets) if _stats(target, mark) is None}
+    left = {number: target for number, target in enumerate(targets) if number not in known}
     done = source.num_samples - sum(len(source.indices[number]) for number in left)
     waiting_said = False
     with progress("preencode", source.num_samples, "sample", done) as advance:
@@ -121,12 +128,13 @@ def _work(config: PreencodeConfig, source: ShardSet, reader: ShardReader, target
                 with claims.hold(target.stem) as mine:
                     if mine and _stats(target, mark) is None:
                         sweep(target)
-                        rejected += _encode_shard(config, encoders, source, reader, number, target, mark, advance)
-                        check_budget(rejected, total, config.max_rejected)
-                        del left[number]
+                        _encode_shard(config, encoders, source, reader, number, target, mark, advance)
                     elif mine:
                         advance(len(source.indices[number]))
+                    if mine and (stats := _stats(target, mark)) is not None:
+                        known[number] = stats
                         del left[number]
+                        _check_budget(config, source, known)
             if left and len(left) == before:
                 if not waiting_said:
                     others = ", ".join(owners(config.out / ".claims"))
@@ -136,6 +144,26 @@ def _work(config: PreencodeConfig, source: ShardSet, reader: ShardReader, target
     wall = time.monotonic() - began
     if encoders.seconds:
         say(f"{config.out}: {wall:.1f} s, {100 * encoders.seconds / wall:.1f} % of them inside the encoders")
+
+
+def _check_budget(config: PreencodeConfig, source: ShardSet, known: dict[int, dict[str, Any]]) -> None:
+    """UserError where too many samples are broken, which rejected.jsonl then lists. known: stats of finished shards."""
+    listed: list[dict[str, str]] = []
+    for number, index in enumerate(source.indices):
+        of_index = [entry(index.name, *rejected) for rejected in index.rejected]
+        listed += known[number]["rejected"] if number in known else of_index
+    broken = [Rejected(e["key"], e["reason"]) for e in listed if not e["reason"].startswith(_NOT_BROKEN)]
+    total = source.num_samples + sum(len(index.rejected) for index in source.indices)
+    try:
+        check_budget(broken, total, config.max_rejected)
+    except UserError as error:
+        _write_rejected(config, listed)
+        raise UserError(f"{error}; {config.out / 'rejected.jsonl'} lists them") from None
+
+
+def _write_rejected(config: PreencodeConfig, listed: list[dict[str, str]]) -> None:
+    with publish(config.out / "rejected.jsonl") as temporary:
+        temporary.write_text("".join(json.dumps(entry) + "\n" for entry in listed))
 
 
 def _check_form(config: PreencodeConfig, source: ShardSet, encoders: Encoders) -> None:
@@ -174,7 +202,8 @@ def _refuse_other_shards(out: Path, mark: str) -> None:
     """UserError for a folder whose shards another configuration wrote."""
     out.mkdir(parents=True, exist_ok=True)
     for path in sorted(out.glob("*_stats.json")):
-        if json.loads(path.read_text()).get("mark") != mark:
+        stats = _read_stats(path)
+        if stats is not None and stats.get("mark") != mark:
             raise UserError(
                 f"{path}: this shard was made from other sources, encoders or settings than this configuration names: "
                 "give `out` a new folder, or remove the old one"
@@ -185,8 +214,17 @@ def _stats(target: Path, mark: str) -> dict[str, Any] | None:
     path = stats_path(target)
     if not (path.exists() and target.exists()):
         return None
-    stats: dict[str, Any] = json.loads(path.read_text())
-    return stats if stats["mark"] == mark else None
+    stats = _read_stats(path)
+    return stats if stats is not None and stats.get("mark") == mark else None
+
+
+def _read_stats(path: Path) -> dict[str, Any] | None:
+    """None for a file that a broken disk left: its shard is done again."""
+    try:
+        stats = json.loads(path.read_text())
+    except (ValueError, RecursionError):
+        return None
+    return stats if isinstance(stats, dict) else None
 
 
 def _encode_shard(
@@ -198,10 +236,10 @@ def _encode_shard(
     target: Path,
     mark: str,
     advance: Any,
-) -> list[Rejected]:
-    """Write one output shard; the broken samples that its index had not told of."""
+) -> None:
+    """Write one output shard."""
     index = source.index(number)
-    listed, broken = list(index.rejected), []
+    listed = list(index.rejected)
     counts = [0] * len(encoders.rule.buckets)
     writer = ShardWriter(target, DTYPES[config.dtype], config.t5_dtype)
     samples = read_samples(config, encoders.rule, reader, number)
@@ -210,15 +248,13 @@ def _encode_shard(
             for item, sample in encoded:
                 if isinstance(item, Rejected):
                     listed.append(item)
-                    if not item.reason.startswith("smaller than min_side"):
-                        broken.append(item)
                 elif sample is None:
                     listed.append(Rejected(item.key, "the tokenizers of CLIP-L and bigG cut the caption differently"))
                 else:
                     writer.add(item.key, sample, item.facts)
                     counts[item.bucket] += 1
             advance(len(encoded))
-        rejected = [{"shard": index.name, "key": key, "reason": reason} for key, reason in listed]
+        rejected = [entry(index.name, *one) for one in listed]
         facts = {"mark": mark, "source": index.name, "rejected": rejected, "damage": index.damage, "buckets": counts}
         writer.finish(facts)
     except BaseException:
@@ -226,7 +262,6 @@ def _encode_shard(
         raise
     for kind, count in Counter(reason.partition(":")[0] for _, reason in listed).items():
         say(f"{index.name}: {count} samples left out: {kind}")
-    return broken
 
 
 def _write_manifest(
@@ -239,8 +274,7 @@ def _write_manifest(
     mean = np.sum([s["sum"] for s in filled], axis=0) / positions
     variance = np.sum([s["squares"] for s in filled], axis=0) / positions - mean**2
     listed = [entry for s in stats for entry in s["rejected"]]
-    with publish(config.out / "rejected.jsonl") as temporary:
-        temporary.write_text("".join(json.dumps(entry) + "\n" for entry in listed))
+    _write_rejected(config, listed)
     codec = Codec.load(config.autoencoder)
     empty = TextEncoders(config.text).encode([""])[0]
     manifest = Manifest(

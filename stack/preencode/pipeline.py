@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -176,7 +177,10 @@ def _captions(places: dict[str, str], reader: ShardReader, shard: int, row: int)
             captions.append(read_caption(reader.read(shard, row, "txt")))
         else:
             value = fields.get(place[5:])
-            captions.append(value.strip() or None if isinstance(value, str) else None)
+            caption = value.strip() if isinstance(value, str) else ""
+            if re.search(r"[\ud800-\udfff]", caption):  # JSON may hold half a character
+                raise DecodeError(f"caption not UTF-8: {place}")
+            captions.append(caption or None)
     if captions[0] is None:
         raise DecodeError(f"no caption: {next(iter(places.values()))} is missing")
     return captions
