@@ -101,7 +101,7 @@ def test_other_image_formats_are_refused_whatever_they_are_called() -> None:
 
 def test_layout_of_a_pre_encoded_sample() -> None:
     latent = torch.zeros(4, 2, 3)
-    tensors = {"latent_mean": latent, "latent_logvar": latent, "pooled": torch.zeros(9), "pooled.1": torch.zeros(9)}
+    tensors = {"latent_mean": latent, "latent_logvar": latent + 1, "pooled": torch.zeros(9), "pooled.1": torch.zeros(9)}
     data = save({**tensors, "t5": torch.zeros(7, 8, dtype=torch.bfloat16), "t5.1": torch.zeros(5, 8)})
     header = data[: layout.header_bytes(data[:8])]
     found = layout.parse(header)
