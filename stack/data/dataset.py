@@ -32,7 +32,7 @@ from stack.data.safety import DecodeError, Rejected, RejectLog
 from stack.data.schema import load_manifest
 from stack.data.shards import ShardReader, ShardSet, index_shards
 from stack.log import say
-from stack.shown import redact
+from stack.shown import printable, redact
 from stack.text.conditioning import TextBatch
 
 Mixture = str | dict[str, PositiveFloat]
@@ -379,15 +379,15 @@ class ImageDataset(ShardData):
             if dist.rank() == 0:
                 for index in shards.indices:
                     for broken in index.rejected:
-                        self._reject(index.name, broken)
+                        self._reject(index, broken)
 
         super().__init__(config, seed, weights_of(config.source), [1.0], check)
 
     def _bucket_of(self, width: np.ndarray, height: np.ndarray) -> np.ndarray:
         return self._rule.assign(width, height)
 
-    def _load(self, sample: int) -> Tensor:
-        """[3, H, W] in −1…1. An image whose pixels are broken is listed, and the next one of its bucket stands in."""
+    def _load(self, sample: int) -> tuple[str, Tensor]:
+        """(key, [3, H, W] in −1…1). For an image whose pixels are broken the next one of its bucket stands in."""
         bucket = self._bucket(sample)
         for candidate in self._candidates(sample, bucket):
             shard, row = self.shards.locate(candidate)
@@ -395,12 +395,12 @@ class ImageDataset(ShardData):
             try:
                 image = decode_image(self._reader.read(shard, row, index.image_extension(row)))
             except DecodeError as error:
-                self._reject(index.name, Rejected(index.key(row), str(error)))
+                self._reject(index, Rejected(index.key(row), str(error)))
                 total = self.shards.num_samples + sum(len(index.rejected) for index in self.shards.indices)
                 check_budget(list(self._listed.values()), total, self.config.max_rejected)
                 continue
             pixels = to_bucket(image, self.sides[bucket])
-            return torch.from_numpy(pixels).permute(2, 0, 1).float() / 127.5 - 1
+            return index.key(row), torch.from_numpy(pixels).permute(2, 0, 1).float() / 127.5 - 1
         raise UserError(f"{redact(self.shards.indices[0].url)}: not one image of a bucket can be decoded")
 
     def _candidates(self, sample: int, bucket: int) -> Iterator[int]:
@@ -411,17 +411,18 @@ class ImageDataset(ShardData):
             if (other in self._held_out) == held_out and self._bucket(other) == bucket:
                 yield other
 
-    def _reject(self, shard: str, rejected: Rejected) -> None:
-        if (shard, rejected.key) not in self._listed:
-            self._listed[shard, rejected.key] = rejected
+    def _reject(self, index: ShardIndex, rejected: Rejected) -> None:
+        if (index.url, rejected.key) not in self._listed:
+            self._listed[index.url, rejected.key] = rejected
             if self._log is not None:
-                self._log.add(shard, rejected.key, rejected.reason)
-            say(f"{shard}: {rejected.key}: {rejected.reason}: left out")
+                self._log.add(index.name, rejected.key, rejected.reason)
+            say(f"{index.name}: {printable(f'{rejected.key}: {rejected.reason}')}: left out")
 
     def _batch(self, draws: Sequence[Draw]) -> ImageBatch:
+        keys, images = zip(*(self._load(draw.sample_id) for draw in draws), strict=True)
         return ImageBatch(
             step=draws[0].step,
             positions=[draw.position for draw in draws],
-            keys=[self.shards.key(draw.sample_id) for draw in draws],
-            image_BCHW=torch.stack([self._load(draw.sample_id) for draw in draws]),
+            keys=list(keys),
+            image_BCHW=torch.stack(images),
         )

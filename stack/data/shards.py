@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
+import math
 import os
 import re
 from collections import OrderedDict
@@ -62,23 +63,33 @@ def _local_shards(pattern: str) -> list[str]:
 
 def _expand_braces(text: str) -> list[str]:
     """Raises UserError above `_MAX_PATTERNS`, before they fill the memory."""
+    too_many = UserError(f"{redact(text)}: these braces mean more than {_MAX_PATTERNS:,} shards")
+    if math.prod(len(_parts(match)) for match in _BRACES.finditer(text)) > _MAX_PATTERNS:
+        raise too_many
     found: list[str] = []
     waiting = [text]
     while waiting:
         pattern = waiting.pop()
-        match = re.search(r"\{(?:(\d{1,18})\.\.(\d{1,18})|([^{}]*,[^{}]*))\}", pattern)
+        match = _BRACES.search(pattern)
         if match is None:
             found.append(pattern)
             continue
-        first, last, names = match.groups()
-        parts: Sequence[object] = names.split(",") if names is not None else range(int(first), int(last) + 1)
+        parts = _parts(match)
         if not parts:
             raise UserError(f"{redact(text)}: {match[0]} counts backwards")
-        if len(found) + len(waiting) + len(parts) > _MAX_PATTERNS:
-            raise UserError(f"{redact(text)}: these braces mean more than {_MAX_PATTERNS:,} shards")
-        before, after, width = pattern[: match.start()], pattern[match.end() :], len(first or "")
+        if len(found) + len(waiting) + len(parts) > _MAX_PATTERNS:  # of braces inside others
+            raise too_many
+        before, after, width = pattern[: match.start()], pattern[match.end() :], len(match[1] or "")
         waiting += [f"{before}{str(part).zfill(width)}{after}" for part in reversed(parts)]
     return found
+
+
+_BRACES = re.compile(r"\{(?:(\d{1,18})\.\.(\d{1,18})|([^{}]*,[^{}]*))\}")
+
+
+def _parts(match: re.Match[str]) -> Sequence[object]:
+    first, last, names = match.groups()
+    return names.split(",") if names is not None else range(int(first), int(last) + 1)
 
 
 # ---- indexing
