@@ -1,7 +1,8 @@
-"""`mmdit data`: make and index shards, write encoders for trying things."""
+"""`mmdit data`: make, index, check and show shards, write encoders for trying things."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ def _folders(command: Callable[..., Any]) -> Callable[..., Any]:
 
 @click.group("data")
 def command() -> None:
-    """Make and index shards."""
+    """Make, index, check and show shards."""
 
 
 @command.command()
@@ -71,6 +72,40 @@ def index(shards: str, folder: Path | None, cache: Path | None) -> None:
         damage = f"\n  {found.damage}" if found.damage else ""
         click.echo(f"{redact(found.url)}: {len(found):,} samples, {len(found.rejected)} left out{damage}{problems}")
     click.echo(f"{sum(map(len, indices)):,} samples in {len(indices)} shards")
+
+
+@command.command()
+@click.argument("shards")
+@_folders
+def lint(shards: str, folder: Path | None, cache: Path | None) -> None:
+    """Read every member of SHARDS (a folder, a .tar, a glob or a URL) and print what is wrong with them, a line each:
+    shard: key: kind: detail.
+
+    Images and captions are decoded; the tensors of pre-encoded samples are held against their manifest. No
+    index is written. The exit code is 1 if there is any problem.
+    """
+    from stack.data.lint import lint as problems_of
+    from stack.data.remote import CacheConfig, ShardCache
+    from stack.data.shards import find_shards
+    from stack.log import progress
+
+    num_shards, num_problems, num_samples, num_bytes = len(find_shards(shards)), 0, 0, 0
+    # While its bar is drawn on a terminal, rich sends what is printed there, above the bar: a file must not lose it.
+    output = None if sys.stdout.isatty() else sys.stdout
+    with progress("lint", num_shards, "shard") as advance:
+
+        def report(samples: int, size: int) -> None:
+            nonlocal num_samples, num_bytes
+            num_samples, num_bytes = num_samples + samples, num_bytes + size
+            advance(1, f"{num_problems:,} problems")
+
+        for problem in problems_of(shards, folder, ShardCache(CacheConfig(dir=cache)), report):
+            num_problems += 1
+            click.echo(str(problem), file=output)
+    found = f"{num_problems:,} problem{'s' * (num_problems != 1)}" if num_problems else "no problem"
+    click.echo(f"{found} in {num_samples:,} samples of {num_shards:,} shards, {num_bytes / 1e6:,.1f} MB")
+    if num_problems:
+        raise click.exceptions.Exit(1)
 
 
 @command.command()
