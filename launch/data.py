@@ -5,9 +5,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+
+if TYPE_CHECKING:
+    from stack.data.buckets import BucketRule
 
 
 def _folders(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -18,6 +21,29 @@ def _folders(command: Callable[..., Any]) -> Callable[..., Any]:
     ):
         command = click.option(name, parameter, type=click.Path(path_type=Path), help=text)(command)
     return command
+
+
+def _buckets(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Options that are the keys of `buckets` in a configuration."""
+    for name, kind, text in (
+        ("--max-ratio", float, "Longer side : shorter side of the generated buckets."),
+        ("--step", int, "Of which all sides of the generated buckets are multiples."),
+        ("--table", str, "A published list of buckets: sdxl or pixart."),
+        ("--resolution", int, "Side of the square bucket in pixels."),
+    ):
+        command = click.option(name, type=kind, help=text)(command)
+    return command
+
+
+def _rule(options: dict[str, Any]) -> BucketRule | None:
+    """The buckets that the options of `_buckets` name. Raises UserError."""
+    from stack.config import UserError, validate
+    from stack.data.buckets import BucketConfig
+
+    given = {name: value for name, value in options.items() if value is not None}
+    if given and "resolution" not in given:
+        raise UserError("--table, --step and --max-ratio need --resolution")
+    return validate(BucketConfig, given, "options").rule() if given else None
 
 
 @click.group("data")
@@ -72,6 +98,27 @@ def index(shards: str, folder: Path | None, cache: Path | None) -> None:
         damage = f"\n  {found.damage}" if found.damage else ""
         click.echo(f"{redact(found.url)}: {len(found):,} samples, {len(found.rejected)} left out{damage}{problems}")
     click.echo(f"{sum(map(len, indices)):,} samples in {len(indices)} shards")
+
+
+@command.command()
+@click.argument("shards")
+@_buckets
+@click.option("--json", "as_json", is_flag=True, help="Print the same facts as one JSON object.")
+@_folders
+def info(shards: str, as_json: bool, folder: Path | None, cache: Path | None, **buckets: Any) -> None:
+    """Say what stands in SHARDS (a folder, a .tar, a glob or a URL; raw or pre-encoded): counts, bytes, image sizes,
+    caption lengths.
+
+    Only indices are read; those that are missing are built. With --resolution raw images are counted by the buckets
+    that they would be cropped to, named as in a configuration.
+    """
+    import json
+
+    from stack.data.info import describe, render
+    from stack.data.remote import CacheConfig, ShardCache
+
+    facts = describe(shards, folder, ShardCache(CacheConfig(dir=cache)), _rule(buckets))
+    click.echo(json.dumps(facts) if as_json else render(facts))
 
 
 @command.command()

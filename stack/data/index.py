@@ -133,6 +133,11 @@ class ShardIndex:
             raise KeyError(f"{self.url}: sample {self.key(row)!r} has no .{extension}")
         return int(self._column(f"offset.{extension}")[row]) * _BLOCK, int(self._column(f"length.{extension}")[row])
 
+    def lengths(self, extension: str) -> np.ndarray:
+        """Bytes of this member in each sample that has it; uint32."""
+        length = self._column(f"length.{extension}")
+        return length[length != _ABSENT]
+
     def image_extension(self, row: int) -> str:
         """Extension of the sample's image. Raises KeyError for a pre-encoded sample."""
         for extension in safety.IMAGE_EXTENSIONS:
