@@ -156,6 +156,39 @@ def lint(shards: str, folder: Path | None, cache: Path | None) -> None:
 
 
 @command.command()
+@click.argument("shards")
+@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="HTML file to write.")
+@click.option("--count", type=click.IntRange(min=1), default=24, show_default=True, help="Samples to show.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Which samples are shown.")
+@_buckets
+@click.option("--autoencoder", help="Of pre-encoded SHARDS: a folder or hub id, to decode the latents.")
+@click.option("--source", help="Of pre-encoded SHARDS: the raw ones, to show the originals beside the latents.")
+@_folders
+def preview(
+    shards: str,
+    out: Path,
+    count: int,
+    seed: int,
+    autoencoder: str | None,
+    source: str | None,
+    folder: Path | None,
+    cache: Path | None,
+    **buckets: Any,
+) -> None:
+    """Write an HTML page of what a model will see of SHARDS (a folder, a .tar, a glob or a URL).
+
+    Raw shards need --resolution: each image is shown with the crop to its bucket. Of pre-encoded shards the latents are
+    shown, decoded by --autoencoder.
+    """
+    from stack.data.preview import preview as write
+    from stack.data.remote import CacheConfig, ShardCache
+
+    store = ShardCache(CacheConfig(dir=cache))
+    shown = write(shards, out, count, seed, store, folder, _rule(buckets), autoencoder, source)
+    click.echo(f"{out}: {shown:,} samples")
+
+
+@command.command()
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--seed", default=0, show_default=True)
 def encoders(out: Path, seed: int) -> None:
