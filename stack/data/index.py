@@ -148,6 +148,11 @@ class ShardIndex:
         offset, length = self._column(f"offset.{extension}"), self._column(f"length.{extension}")
         return int(offset[row]) * _BLOCK, int(length[row])
 
+    def lengths(self, extension: str) -> np.ndarray:
+        """Bytes of this member in each sample that has it; uint32."""
+        length = self._column(f"length.{extension}")
+        return length[length != _ABSENT]
+
     def image_extension(self, row: int) -> str:
         """Extension of the sample's image. Raises KeyError for a pre-encoded sample."""
         for extension in safety.IMAGE_EXTENSIONS:

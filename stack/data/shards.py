@@ -213,6 +213,14 @@ class _Work:
         return index
 
 
+def stored_index(url: str, folder: Path | None = None, cache: ShardCache | None = None) -> ShardIndex | None:
+    """The index that `index_shards` kept of one shard, whether it still fits it or not; None if there is none."""
+    try:
+        return ShardIndex(url, _Work(url, folder, cache).path)
+    except (OSError, ValueError):
+        return None
+
+
 def _build_all(works: Sequence[_Work]) -> Iterator[ShardIndex]:
     workers = min(len(works), len(os.sched_getaffinity(0)))
     if workers < 2 or sum(work.stat.size for work in works) < _PARALLEL_BYTES:
