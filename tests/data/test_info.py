@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from stack.config import UserError
+from stack.data import mlperf
 from stack.data.buckets import BucketConfig
 from stack.data.info import _even, _quantile, describe, render
 from stack.data.schema import load_manifest
@@ -125,6 +126,50 @@ def test_captions_that_samples_lack(stage, tmp_path: Path, mmdit: Callable) -> N
     assert (facts["txt"]["samples"], facts["txt"]["absent"]) == (96, 0)
     assert facts["none"] == {"samples": 0, "absent": 96, "histogram": []}
     assert "caption none: none" in render(describe(tmp_path / "out"))
+
+
+def test_mlperf_s_layout_in_all_tools(stage, tmp_path: Path, mmdit: Callable, pack: Callable, monkeypatch) -> None:
+    """Samples that came encoded, at the widths of the small encoders: without an image, two of them without a text."""
+    for name, value in {"CHANNELS": 4, "T5_DIM": 128, "CLIP_DIM": 48, "FACTOR": 4}.items():
+        monkeypatch.setattr(mlperf, name, value)
+    draws = np.random.default_rng(0)
+
+    def sample(key: str, facts: dict[str, str]) -> list[tuple[str, bytes]]:
+        sizes = {"mean.bytes": 256, "logvar.bytes": 256, "t5.bytes": 16 * 128, "clip.bytes": 48}
+        # Words of bfloat16 from 2⁻³ to 2⁰, of both signs.
+        words = {
+            name: draws.integers(0x3E00, 0x3F80, size) | draws.choice([0, 0x8000], size) for name, size in sizes.items()
+        }
+        members = {name: values.astype("<u2").tobytes() for name, values in words.items()}
+        return [
+            (f"{key}.json", json.dumps(facts).encode()),
+            *((f"{key}.{name}", data) for name, data in members.items()),
+        ]
+
+    raw, out = tmp_path / "raw", tmp_path / "out"
+    pack(raw / "00000.tar", [m for n in range(6) for m in sample(f"{n}", {"caption": "a cat"} if n % 3 else {})])
+    settings = (f"source={raw}", f"out={out}", "text.pad=full", "text.clip_tokens=false", "text.t5_max_tokens=16")
+    command = ("preencode", stage.folder / "preencode.yaml", *settings, "text.clip_g=null")
+    assert mmdit(*command).returncode == 0
+    for folder in (raw, out):
+        assert mmdit("data", "lint", folder).stdout.startswith("no problem in 6 samples")
+        facts = describe(folder)
+        assert (facts["caption_unit"], facts["captions"]["txt"]["max"]) == ("tokens", 16)
+    done = mmdit(*command, "--verify", 6)
+    assert done.stdout.splitlines()[-1] == f"{out}: 6 samples encoded again, all agree"
+    page = tmp_path / "page.html"
+    assert mmdit("data", "preview", raw, "--resolution", 32, "-o", page).returncode == 0
+    assert page.read_text().count("there is no image") == 6
+    done = mmdit("data", "preview", out, "--autoencoder", stage.codec, "--source", raw, "-o", page)
+    assert done.returncode == 0, done.stderr
+    assert page.read_text().count("decoded latent<") == 6
+    assert page.read_text().count("a cat<") == 4
+
+    broken = sample("7", {})
+    broken[3] = (broken[3][0], b"\x80\x7f" + broken[3][1][2:])
+    pack(raw / "00001.tar", broken)
+    done = mmdit("data", "lint", raw)
+    assert done.stdout.splitlines()[0] == f"{raw}/00001.tar: 7: non-finite: .t5.bytes has 1 of 2,048 values"
 
 
 def test_shards_without_samples(tmp_path: Path) -> None:
