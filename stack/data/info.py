@@ -15,11 +15,13 @@ from typing import Any
 import numpy as np
 
 from stack.config import UserError
+from stack.data import mlperf
 from stack.data.buckets import BucketRule, histogram
+from stack.data.index import without_query
 from stack.data.remote import ShardCache
-from stack.data.safety import redact
 from stack.data.schema import MANIFEST, Manifest, load_manifest
 from stack.data.shards import ShardSet, index_shards
+from stack.shown import redact
 
 _BAR = 40  # characters of a histogram's longest bar
 _BINS = 12  # of a histogram, at most
@@ -58,7 +60,7 @@ def describe(
 
 def encoded_folder(shards: ShardSet) -> str:
     """The one folder of pre-encoded shards. Raises UserError for several."""
-    folders = sorted({index.url.rpartition("/")[0] or "." for index in shards.indices})
+    folders = sorted({without_query(index.url).rpartition("/")[0] or "." for index in shards.indices})
     if len(folders) > 1:
         raise UserError(f"{redact(folders[0])} and {redact(folders[1])}: name one pre-encoded folder at a time")
     return folders[0]
@@ -97,7 +99,7 @@ def _columns(shards: ShardSet, manifest: Manifest | None, rule: BucketRule | Non
         "height": _summary(height),
         "shorter_side": _doubling(shorter),
         "aspect_ratios": [[name, count] for name, count in zip(_RATIOS, ratios.tolist(), strict=True)],
-        "caption_unit": "characters" if manifest is None else "tokens",
+        "caption_unit": "characters" if not {"safetensors", *mlperf.EXTENSIONS} & set(members) else "tokens",
         "captions": {name: _captions(counter, len(shards)) for name, counter in captions.items()},
     }
     if rule is not None:

@@ -17,15 +17,17 @@ from PIL import Image
 from autoencoders.codec import Codec, fingerprint
 from stack import dist
 from stack.config import UserError
+from stack.data import mlperf
 from stack.data.buckets import BucketRule, fit
 from stack.data.images import decode_image, to_bucket
 from stack.data.info import encoded_folder
 from stack.data.latents import read
 from stack.data.remote import ShardCache
-from stack.data.safety import DecodeError, read_caption, redact
+from stack.data.safety import DecodeError, read_caption
 from stack.data.schema import MANIFEST, Manifest, load_manifest
 from stack.data.shards import ShardReader, ShardSet, index_shards
 from stack.files import publish
+from stack.shown import redact
 
 _MAX_SIDE = 480  # pixels of an embedded original
 _LOSSLESS = 256 * 256  # pixels of an image up to which it is embedded as PNG
@@ -84,7 +86,7 @@ def raw_cards(shards: ShardSet, cache: ShardCache, rule: BucketRule, ids: Sequen
         index = shards.index(shard)
         card = Card(index.key(row), index.name)
         try:
-            image = decode_image(reader.read(shard, row, index.image_extension(row)))
+            image = _image(reader, shard, row)
             caption = read_caption(reader.read(shard, row, "txt"))
         except DecodeError as error:
             card.problem = str(error)
@@ -115,16 +117,20 @@ def encoded_cards(
     for sample in ids:
         shard, row = shards.locate(sample)
         index = shards.index(shard)
+        card = Card(index.key(row), index.name)
         tensors = read(reader, [(shard, row, 0)])
         try:
             facts = json.loads(reader.read(shard, row, "json"))
             bucket = (int(facts["bucket"][0]), int(facts["bucket"][1]))
-            crop, size = tuple(map(int, facts["crop"])), (int(facts["width"]), int(facts["height"]))
+            card.facts = {"bucket": _by(*bucket)}
+            if "crop" in facts:  # a sample that came encoded (MLPerf's) has none
+                size = int(facts["width"]), int(facts["height"])
+                card.facts = _sides(bucket, (int(facts["crop"][0]), int(facts["crop"][1])), size)
             captions = dict(facts.get("captions") or {manifest.captions[0]: facts["caption"]})
         except (KeyError, TypeError, ValueError, IndexError) as error:
-            yield Card(index.key(row), index.name, problem=f"JSON not readable: {type(error).__name__}: {error}")
+            card.problem = f"JSON not readable: {type(error).__name__}: {error}"
+            yield card
             continue
-        card = Card(index.key(row), index.name)
         mean_BCHW = tensors["latent_mean"].to(dist.device(), torch.float32)
         with torch.inference_mode():
             pixels = codec.decode_raw(mean_BCHW)[0].clamp(-1, 1).add(1).mul(127.5).round().byte().permute(1, 2, 0)
@@ -140,10 +146,17 @@ def encoded_cards(
         card.captions = [
             Caption(name, str(captions[name]), f"{length:,} tokens, {len(str(captions[name])):,} characters")
             for name, length in zip(manifest.captions, lengths, strict=False)
-            if length >= 0 and name in captions
+            if length >= 0 and captions.get(name) is not None
         ]
-        card.facts = _sides(bucket, crop, size)
         yield card
+
+
+def _image(reader: ShardReader, shard: int, row: int) -> Image.Image:
+    """Raises DecodeError."""
+    index = reader.indices[shard]
+    if index.has(row, mlperf.EXTENSIONS[0]):
+        raise DecodeError("already encoded, in MLPerf's layout: there is no image")
+    return decode_image(reader.read(shard, row, index.image_extension(row)))
 
 
 class _Originals:
@@ -169,7 +182,7 @@ class _Originals:
         row = self._rows[1].get(key)
         if row is None:
             raise DecodeError(f"not in {redact(index.url)}")
-        return decode_image(self._reader.read(number, row, index.image_extension(row)))
+        return _image(self._reader, number, row)
 
 
 def preview(

@@ -204,7 +204,7 @@ def _refuse_other_shards(out: Path, mark: str) -> None:
     """UserError for a folder whose shards another configuration wrote."""
     out.mkdir(parents=True, exist_ok=True)
     for path in sorted(out.glob("*_stats.json")):
-        stats = _read_stats(path)
+        stats = read_stats(path)
         if stats is not None and stats.get("mark") != mark:
             raise UserError(
                 f"{path}: this shard was made from other sources, encoders or settings than this configuration names: "
@@ -216,11 +216,11 @@ def _stats(target: Path, mark: str) -> dict[str, Any] | None:
     path = stats_path(target)
     if not (path.exists() and target.exists()):
         return None
-    stats = _read_stats(path)
+    stats = read_stats(path)
     return stats if stats is not None and stats.get("mark") == mark else None
 
 
-def _read_stats(path: Path) -> dict[str, Any] | None:
+def read_stats(path: Path) -> dict[str, Any] | None:
     """None for a file that a broken disk left: its shard is done again."""
     try:
         stats = json.loads(path.read_text())

@@ -80,6 +80,7 @@ def test_every_problem_of_raw_shards_is_found(tmp_path: Path) -> None:
         _sample("header", image=b"GIF89a"),
         {**_sample("list"), "list.json": b"[]"},
         {**_sample("json"), "json.json": b"{'a': 1}"},
+        {**_sample("long"), "long.json": b'"' + b"x" * 2**20},
         {"silent.png": png},
         {**_sample("empty"), "empty.txt": b" "},
         {**_sample("latin"), "latin.txt": b"gr\xfcn"},
@@ -92,6 +93,7 @@ def test_every_problem_of_raw_shards_is_found(tmp_path: Path) -> None:
         cut = tar.getmember("lost.txt").offset
     damaged.write_bytes(damaged.read_bytes()[:cut])
     (folder / "00003.tar").mkdir()
+    os.mkfifo(folder / "00004.tar")
     assert _found(folder) == [
         ("00000.tar", "code", "forbidden member"),
         ("00000.tar", "header", "image not readable"),
@@ -103,9 +105,11 @@ def test_every_problem_of_raw_shards_is_found(tmp_path: Path) -> None:
         ("00000.tar", "named", "extension"),
         ("00000.tar", "list", "JSON not readable"),
         ("00000.tar", "json", "JSON not readable"),
+        ("00000.tar", "long", "text too large"),
         ("00002.tar", "", "damaged archive"),
         ("00002.tar", "lost", "incomplete"),
         ("00003.tar", "", "shard not readable"),
+        ("00004.tar", "", "shard not readable"),
         ("00001.tar", "twice", "duplicate key"),
     ]
     assert not list(folder.glob("*index*")), "nothing is written"
@@ -268,17 +272,17 @@ def _both(make: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[dict, dict]
         (_replace("t5", lambda t: t[:, :64]), ["shape: t5 is ["]),
         (
             _replace("pooled", lambda t: t[None]),
-            ["samples: 39, manifest.json says 40", "safetensors not readable: no pre-encoded sample"],
+            ["samples: 39, manifest.json says 40", "safetensors not readable: pooled is BF16"],
         ),
         (
             _replace("clip_g", lambda t: t[:-1]),
-            ["shape: clip_l and clip_g differ in their numbers of tokens"],
+            ["samples: 39, manifest.json says 40", "safetensors not readable: clip_g has "],
         ),
         (_replace("t5", lambda t: t.repeat(40, 1)), ["shape: t5 is ["]),
         (lambda tensors, facts: tensors.pop("clip_g"), ["tensors: clip_g is missing"]),
         (
             lambda tensors, facts: tensors.update(clip_h=tensors["pooled"].clone()),
-            ["tensors: clip_h, which manifest.json does not know"],
+            ["samples: 39, manifest.json says 40", "safetensors not readable: tensor 'clip_h'"],
         ),
         (
             lambda tensors, facts: tensors.update({"pooled.1": tensors["pooled"].clone()}),

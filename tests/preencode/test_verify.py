@@ -72,9 +72,9 @@ def test_what_was_encoded_is_found_again(stage, tmp_path: Path, mmdit: Callable,
         assert tensor.cosine > 0.9999, name
         assert tensor.largest < 0.05, name
         assert tensor.equal > 0.9 * tensor.values or name == "t5_scale" or config.dtype == "float32", name
-    done = mmdit("preencode", path, *settings, "--verify", 200)
+    done = mmdit("preencode", path, *settings, "--verify", 20)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == f"{tmp_path}/out: 96 samples encoded again, all agree"
+    assert done.stdout.splitlines()[-1] == f"{tmp_path}/out: 20 samples encoded again, all agree"
     assert {line.split()[0] for line in done.stdout.splitlines()[1:-1]} == found
     assert {file: file.stat().st_mtime_ns for file in (tmp_path / "out").iterdir()} == before, "nothing is written"
 
@@ -104,7 +104,7 @@ def test_a_sample_that_is_something_else_is_named(stage, tmp_path: Path, mmdit: 
     values = yaml.safe_load((stage.folder / "preencode.yaml").read_text())
     config.write_text(yaml.safe_dump({**values, "out": str(tmp_path / "out")}))
     _change(tmp_path / "out", "000000044", change)
-    done = mmdit("preencode", config, "--verify", 96)
+    done = mmdit("preencode", config, "--verify", 200)  # more than there are
     assert done.returncode == 1, done.stderr
     *_, named, summary = done.stdout.splitlines()
     assert named.startswith("00001.tar: 000000044: ")
