@@ -13,7 +13,7 @@ from stack.shown import printable, redact
 
 COMMANDS = {
     "demo": "Draw, train, sample and evaluate a small model, and write a report.",
-    "data": "Make and index shards.",
+    "data": "Make, index, check and show shards.",
     "preencode": "Encode captioned images into latents and text embeddings.",
     "train": "Train an autoencoder or an MM-DiT.",
     "sample": "Draw images for prompts from a run.",

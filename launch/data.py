@@ -1,12 +1,16 @@
-"""`mmdit data`: make and index shards, write encoders for trying things."""
+"""`mmdit data`: make, index, check and show shards, write encoders for trying things."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+
+if TYPE_CHECKING:
+    from stack.data.buckets import BucketRule
 
 
 def _folders(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -19,9 +23,32 @@ def _folders(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
+def _buckets(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Options that are the keys of `buckets` in a configuration."""
+    for name, kind, text in (
+        ("--max-ratio", float, "Longer side : shorter side of the generated buckets."),
+        ("--step", int, "Of which all sides of the generated buckets are multiples."),
+        ("--table", str, "A published list of buckets: sdxl or pixart."),
+        ("--resolution", int, "Side of the square bucket in pixels."),
+    ):
+        command = click.option(name, type=kind, help=text)(command)
+    return command
+
+
+def _rule(options: dict[str, Any]) -> BucketRule | None:
+    """The buckets that the options of `_buckets` name. Raises UserError."""
+    from stack.config import UserError, validate
+    from stack.data.buckets import BucketConfig
+
+    given = {name: value for name, value in options.items() if value is not None}
+    if given and "resolution" not in given:
+        raise UserError("--table, --step and --max-ratio need --resolution")
+    return validate(BucketConfig, given, "options").rule() if given else None
+
+
 @click.group("data")
 def command() -> None:
-    """Make and index shards."""
+    """Make, index, check and show shards."""
 
 
 @command.command()
@@ -73,6 +100,94 @@ def index(shards: str, folder: Path | None, cache: Path | None) -> None:
             f"{printable(redact(found.url))}: {len(found):,} samples, {len(found.rejected)} left out{damage}{problems}"
         )
     click.echo(f"{sum(map(len, indices)):,} samples in {len(indices)} shards")
+
+
+@command.command()
+@click.argument("shards")
+@_buckets
+@click.option("--json", "as_json", is_flag=True, help="Print the same facts as one JSON object.")
+@_folders
+def info(shards: str, as_json: bool, folder: Path | None, cache: Path | None, **buckets: Any) -> None:
+    """Say what stands in SHARDS (a folder, a .tar, a glob or a URL; raw or pre-encoded): counts, bytes, image sizes,
+    caption lengths.
+
+    Only indices are read; those that are missing are built. With --resolution raw images are counted by the buckets
+    that they would be cropped to, named as in a configuration.
+    """
+    import json
+
+    from stack.data.info import describe, render
+    from stack.data.remote import CacheConfig, ShardCache
+
+    facts = describe(shards, folder, ShardCache(CacheConfig(dir=cache)), _rule(buckets))
+    click.echo(json.dumps(facts) if as_json else render(facts))
+
+
+@command.command()
+@click.argument("shards")
+@_folders
+def lint(shards: str, folder: Path | None, cache: Path | None) -> None:
+    """Read every member of SHARDS (a folder, a .tar, a glob or a URL) and print what is wrong with them, a line each:
+    shard: key: kind: detail.
+
+    Images and captions are decoded; the tensors of pre-encoded samples are held against their manifest. No
+    index is written. The exit code is 1 if there is any problem.
+    """
+    from stack.data.lint import lint as problems_of
+    from stack.data.remote import CacheConfig, ShardCache
+    from stack.data.shards import find_shards
+    from stack.log import progress
+
+    num_shards, num_problems, num_samples, num_bytes = len(find_shards(shards)), 0, 0, 0
+    # While its bar is drawn on a terminal, rich sends what is printed there, above the bar: a file must not lose it.
+    output = None if sys.stdout.isatty() else sys.stdout
+    with progress("lint", num_shards, "shard") as advance:
+
+        def report(samples: int, size: int) -> None:
+            nonlocal num_samples, num_bytes
+            num_samples, num_bytes = num_samples + samples, num_bytes + size
+            advance(1, f"{num_problems:,} problems")
+
+        for problem in problems_of(shards, folder, ShardCache(CacheConfig(dir=cache)), report):
+            num_problems += 1
+            click.echo(str(problem), file=output)
+    found = f"{num_problems:,} problem{'s' * (num_problems != 1)}" if num_problems else "no problem"
+    click.echo(f"{found} in {num_samples:,} samples of {num_shards:,} shards, {num_bytes / 1e6:,.1f} MB")
+    if num_problems:
+        raise click.exceptions.Exit(1)
+
+
+@command.command()
+@click.argument("shards")
+@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="HTML file to write.")
+@click.option("--count", type=click.IntRange(min=1), default=24, show_default=True, help="Samples to show.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Which samples are shown.")
+@_buckets
+@click.option("--autoencoder", help="Of pre-encoded SHARDS: a folder or hub id, to decode the latents.")
+@click.option("--source", help="Of pre-encoded SHARDS: the raw ones, to show the originals beside the latents.")
+@_folders
+def preview(
+    shards: str,
+    out: Path,
+    count: int,
+    seed: int,
+    autoencoder: str | None,
+    source: str | None,
+    folder: Path | None,
+    cache: Path | None,
+    **buckets: Any,
+) -> None:
+    """Write an HTML page of what a model will see of SHARDS (a folder, a .tar, a glob or a URL).
+
+    Raw shards need --resolution: each image is shown with the crop to its bucket. Of pre-encoded shards the latents are
+    shown, decoded by --autoencoder.
+    """
+    from stack.data.preview import preview as write
+    from stack.data.remote import CacheConfig, ShardCache
+
+    store = ShardCache(CacheConfig(dir=cache))
+    shown = write(shards, out, count, seed, store, folder, _rule(buckets), autoencoder, source)
+    click.echo(f"{out}: {shown:,} samples")
 
 
 @command.command()

@@ -189,6 +189,7 @@ def command(shards: str | None, out: Path, minutes: float | None, prompts: Path 
 
     from stack import config as configuration
     from stack.config import Config, UserError
+    from stack.data.remote import CacheConfig, ShardCache
     from stack.data.shards import index_shards
     from stack.files import publish
     from stack.preencode.job import PreencodeConfig
@@ -206,7 +207,7 @@ def command(shards: str | None, out: Path, minutes: float | None, prompts: Path 
     if shards is None:
         demo.stage("draw", ["data", "synth", source], out / "shards")
     else:
-        index_shards(source, index)
+        index_shards(source, index, ShardCache(CacheConfig()))
 
     def content(schema: type[Config], path: Path) -> str:
         return configuration.dump(configuration.load(schema, path))

@@ -195,9 +195,6 @@ class ShardData(Dataset):
         self._validation = sorted(held_out.tolist(), key=lambda sample: (self._bucket(sample), sample))
         self._tables = tables
         self.plan = BatchPlan(tables, config.batch_size, seed, config.window)
-        counts = sum(table.counts.sum(0) for table in tables)
-        for line in unfilled(counts.tolist(), config.batch_size, BucketRule(buckets=tuple(self.sides))):
-            say(line)
 
     def _bucket_of(self, width: np.ndarray, height: np.ndarray) -> np.ndarray:
         """Index into `sides` of samples of these sizes, as their shards' indices tell them."""
@@ -219,6 +216,11 @@ class ShardData(Dataset):
     def num_samples(self) -> int:
         """Training samples, an epoch."""
         return self.plan.num_samples
+
+    def unfilled(self) -> list[str]:
+        """A sentence on each bucket whose training samples do not fill a batch."""
+        counts = np.sum([table.counts.sum(0) for table in self._tables], axis=0)
+        return unfilled(counts.tolist(), self.config.batch_size, BucketRule(buckets=tuple(self.sides)))
 
     def __getitems__(self, draws: Sequence[Draw]) -> Any:
         """One micro-batch (torch's loader asks for the samples of a batch at once), or the error that it met."""
@@ -355,7 +357,7 @@ class LatentDataset(ShardData):
         return LatentBatch(
             step=draws[0].step,
             positions=[draw.position for draw in draws],
-            keys=[self.shards.indices[shard].key(row) for shard, row, _ in places],
+            keys=[self.shards.index(shard).key(row) for shard, row, _ in places],
             mean_BCHW=tensors["latent_mean"],
             logvar_BCHW=tensors["latent_logvar"],
             text=latents.text_batch(tensors, self.manifest.pad),

@@ -67,6 +67,7 @@ class ShardIndex:
         self.url = url
         self._source = source
         self._buffer: mmap.mmap | bytes | None = source if isinstance(source, bytes) else None
+        self._arrays: dict[str, np.ndarray] = {}
         try:
             if isinstance(source, bytes):
                 head, size, stop = source, len(source), layout.header_bytes(source)
@@ -139,7 +140,7 @@ class ShardIndex:
     def key(self, row: int) -> str:
         if not 0 <= row < len(self):  # told by a column of a damaged file
             raise UserError(f"{self._source!s}: this index is damaged: remove it, and index the shard again")
-        start, stop = self._column("key.start")[row : row + 2].tolist()
+        start, stop = self._column("key.start")[row : row + 2]
         return self._column("key.bytes")[start:stop].tobytes().decode("utf-8", "surrogateescape")
 
     def has(self, row: int, extension: str) -> bool:
@@ -149,7 +150,13 @@ class ShardIndex:
         """(offset from the start of the tar, length) in bytes of one member. Raises KeyError if the sample lacks it."""
         if not self.has(row, extension):
             raise KeyError(f"{redact(self.url)}: sample {self.key(row)!r} has no .{extension}")
-        return int(self._column(f"offset.{extension}")[row]) * _BLOCK, int(self._column(f"length.{extension}")[row])
+        offset, length = self._column(f"offset.{extension}"), self._column(f"length.{extension}")
+        return int(offset[row]) * _BLOCK, int(length[row])
+
+    def lengths(self, extension: str) -> np.ndarray:
+        """Bytes of this member in each sample that has it; uint32."""
+        length = self._column(f"length.{extension}")
+        return length[length != _ABSENT]
 
     def image_extension(self, row: int) -> str:
         """Extension of the sample's image. Raises KeyError for a pre-encoded sample."""
@@ -160,6 +167,7 @@ class ShardIndex:
 
     def release(self) -> None:
         """Let go of the mapped columns; they are mapped anew when asked for."""
+        self._arrays.clear()
         if isinstance(self._source, Path):
             self._buffer = None
 
@@ -167,7 +175,8 @@ class ShardIndex:
         """Write the index, published by rename; from here on it is mapped from there."""
         with publish(path) as temporary:
             temporary.write_bytes(bytes(self._mapped()))
-        self._source, self._buffer = path, None
+        self._source = path
+        self.release()
 
     def of_version(self, version: str) -> ShardIndex:
         """The same index for a copy of the shard that goes by another version."""
@@ -176,8 +185,10 @@ class ShardIndex:
         return ShardIndex(self.url, _with_facts(data, {**facts, "version": version}))
 
     def _column(self, name: str) -> np.ndarray:
-        dtype, shape, start = self._columns[name]
-        return np.ndarray(shape, dtype, self._mapped(), start)
+        if name not in self._arrays:
+            dtype, shape, start = self._columns[name]
+            self._arrays[name] = np.ndarray(shape, dtype, self._mapped(), start)
+        return self._arrays[name]
 
     def _mapped(self) -> mmap.mmap | bytes:
         if self._buffer is None:
@@ -187,7 +198,8 @@ class ShardIndex:
         return self._buffer
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_buffer": self._source if isinstance(self._source, bytes) else None}
+        mapped = self._source if isinstance(self._source, bytes) else None
+        return {**self.__dict__, "_buffer": mapped, "_arrays": {}}
 
 
 def _read_columns(entries: dict[str, Any], start: int, size: int) -> dict[str, tuple[np.dtype, tuple[int, ...], int]]:

@@ -42,7 +42,13 @@ SILENCE = 60.0  # seconds without a byte after which a web server's connection i
 _POLL = 0.2  # seconds between two looks whether other processes' downloads have left room
 _TRANSIENT = frozenset({408, 425, 429, *range(500, 600)})  # HTTP statuses that may be another the next time
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
-_EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}  # protocol → extra of this distribution
+_PACKAGES = {
+    "s3": "mmdit-stack[s3]",
+    "gs": "mmdit-stack[gcs]",
+    "gcs": "mmdit-stack[gcs]",
+    "http": "fsspec[http]",
+    "https": "fsspec[http]",
+}
 _ENTRY = re.compile(r"[0-9a-f]{32}-.+")  # names of a cache's files: nothing else in its folder is ever removed
 _PARTIAL = re.compile(r"\.[0-9a-f]{32}-.+\.part")
 
@@ -78,29 +84,25 @@ def list_shards(source: str) -> list[str]:
     of the protocol is missing, PermissionError, and OSError where the store does not answer.
     """
     check_source(source)
-    path = urlsplit(source).path
-    magic = "*[" if source.startswith(("http://", "https://")) else "*[?"
-    if path.endswith(".tar") and not any(sign in path for sign in magic):
-        pattern = source
-    else:
-        pattern = source if any(sign in path for sign in magic) else source.rstrip("/") + "/*.tar"
+    shown, on_web = redact(source), source.startswith(("http://", "https://"))
+    path = source.partition("?")[0] if on_web else source
+    magic = "*[" if on_web else "*[?"
+    is_glob = any(sign in path for sign in magic)
+    pattern = path if is_glob else f"{path.rstrip('/')}/*.tar"
 
     def match() -> list[str]:
-        if pattern == source and not any(sign in path for sign in magic):
-            _info(source)
-            return [source]
         fs, root = _filesystem(pattern)
-        fs.invalidate_cache()
-        found = _glob(fs, root, magic)
-        return [fs.unstrip_protocol(entry["name"]) for entry in found if entry["type"] != "directory"]
+        return [fs.unstrip_protocol(each["name"]) for each in _glob(fs, root, magic) if each["type"] != "directory"]
 
-    shown = redact(source)
     try:
+        if path.endswith(".tar") and not is_glob:
+            stat(source)
+            return [source]
         urls = sorted(set(_retry(source, match)))
     except FileNotFoundError:
         raise UserError(f"{shown}: no such folder or shard") from None
     if not urls:
-        hint = "; a web server must answer a folder with a page of links" if shown.startswith("http") else ""
+        hint = "; a web server must answer a folder with a page of links" if on_web else ""
         raise UserError(f"{shown}: no *.tar there{hint}")
     return urls
 
@@ -156,8 +158,7 @@ def _filesystem(url: str) -> tuple[Any, str]:
     try:
         kind = fsspec.get_filesystem_class(protocol)
     except ImportError as error:
-        extra = _EXTRAS.get(protocol)
-        remedy = f"pip install 'mmdit-stack[{extra}]'" if extra else error
+        remedy = f"pip install '{_PACKAGES[protocol]}'" if protocol in _PACKAGES else error
         raise UserError(f"{protocol}:// needs a package that is not installed: {remedy}") from None
     except ValueError:
         raise UserError(f"{redact(url)}: unknown protocol {protocol!r}") from None
@@ -175,14 +176,14 @@ def _filesystem(url: str) -> tuple[Any, str]:
     if protocol in ("s3", "s3a"):
         fs.retries = 1  # botocore and s3fs would try 25 times between two lines of ours
     _instances.add(fs)
+    fs.invalidate_cache()  # S3 would answer from its last listing
     return fs, path
 
 
 def _info(url: str) -> dict[str, Any]:
     fs, path = _filesystem(url)
-    fs.invalidate_cache()  # else S3 answers from its last listing
     info: dict[str, Any] = fs.info(path)
-    if "file" in fs.protocol:
+    if url.startswith("file://"):
         info["mtime"] = os.stat(path).st_mtime_ns
     return info
 
@@ -261,11 +262,11 @@ def _translate(shown: str, error: Exception) -> Exception:
         return OSError(f"{shown}: {_describe(error)}; given up after {ATTEMPTS} attempts")
     if status in (404, 410) or (status is None and isinstance(error, FileNotFoundError)):
         return FileNotFoundError(f"{shown}: no such file")
-    if status in (401, 403) or isinstance(error, PermissionError):
+    if status in (401, 403) or isinstance(error, PermissionError) or type(error).__name__ == "NoCredentialsError":
         what = "access denied; credentials come from the environment or fsspec's configuration"
         return PermissionError(f"{shown}: {what} ({_describe(error)})")
     if status == 412:  # s3fs reads on condition that the file is the one it opened
-        return UserError(f"{shown}: changed while it was read")
+        return UserError(f"{shown}: changed while it was read; index it again")
     return OSError(f"{shown}: {_describe(error)}")
 
 
@@ -277,8 +278,10 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _status(error: BaseException | None) -> int | None:
-    """The HTTP status behind `error`, whichever library raised it."""
+    """The HTTP status that `error` stands for, whichever library raised it; None for a broken connection."""
     for cause in _causes(error):
+        if isinstance(cause, _connection_errors()):
+            return None  # aiohttp raises these from parser errors that have a code of their own
         response = getattr(cause, "response", None)
         if isinstance(response, dict):  # botocore
             status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
@@ -292,12 +295,17 @@ def _status(error: BaseException | None) -> int | None:
 def _is_transient(error: BaseException | None) -> bool:
     if (status := _status(error)) is not None:
         return status in _TRANSIENT
+    return any(isinstance(cause, _connection_errors()) for cause in _causes(error))
+
+
+def _connection_errors() -> tuple[type[BaseException], ...]:
+    """Of the libraries that are in use: importing them takes time."""
     kinds: tuple[type[BaseException], ...] = (_ShortRead, ConnectionError, TimeoutError, asyncio.TimeoutError)
     if aiohttp := sys.modules.get("aiohttp"):
         kinds += (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError)
     if botocore := sys.modules.get("botocore.exceptions"):
         kinds += (botocore.ConnectionError, botocore.HTTPClientError, botocore.IncompleteReadError)
-    return any(isinstance(cause, kinds) for cause in _causes(error))
+    return kinds
 
 
 def _describe(error: BaseException | None) -> str:
@@ -305,7 +313,7 @@ def _describe(error: BaseException | None) -> str:
     if status := _status(error):
         return f"HTTP {status}"
     first = list(_causes(error))[-1]
-    return redact(" ".join(str(first).split())) or type(first).__name__
+    return redact(" ".join(str(first).split()).rstrip(".")) or type(first).__name__
 
 
 # ---- downloads
@@ -331,7 +339,7 @@ def _download(url: str, size: int, descriptor: int) -> None:
             if file is not None:
                 file.close()
             file = None
-            if isinstance(error, ValueError) and url.startswith("http"):  # so fsspec tells what it cannot seek
+            if isinstance(error, ValueError) and position and url.startswith("http"):  # so fsspec says it cannot seek
                 raise _NoRanges from None
             raise
 
@@ -414,13 +422,13 @@ class ShardCache:
                     if descriptor is not None and not entry.exists():
                         return self._fill(url, expected, entry, descriptor)
         except OSError as error:
-            if error.filename is None:
-                raise
+            if error.errno is None:
+                raise  # the store's, not this machine's
             raise UserError(f"{self.dir}: shards cannot be cached here ({error.strerror}); name another dir") from None
 
     def _entry(self, url: str, expected: Stat) -> Path:
         digest = hashlib.sha256(f"{url}\n{expected.version}".encode()).hexdigest()[:32]
-        return self.dir / f"{digest}-{urlsplit(url).path.rpartition('/')[2][-100:]}"
+        return self.dir / f"{digest}-{urlsplit(url).path.rpartition('/')[2][-50:]}"
 
     @contextmanager
     def _partial(self, entry: Path) -> Iterator[int | None]:
@@ -441,50 +449,36 @@ class ShardCache:
         """Download into the temporary file and publish it as `entry`."""
         _check(url, expected)
         self._make_room(expected.size, descriptor)
-        try:
-            self._write_through(url, expected.size, descriptor)
-        except OSError as error:
-            if error.errno not in _DISK_FULL:
-                raise
-            with _locked(self.dir / ".lock"):
-                self._evict(expected.size)
+        for last in (False, True):
             try:
-                self._write_through(url, expected.size, descriptor)
+                _download(url, expected.size, descriptor)
+                os.fsync(descriptor)  # else a power cut can leave a published file of the right size with zeros in it
+                break
             except OSError as error:
                 if error.errno not in _DISK_FULL:
                     raise
-                problem = f"the disk is full, {redact(url)} needs {expected.size} bytes"
-                raise UserError(f"{self.dir}: {problem}; free some space, or name another dir") from None
+                if last:
+                    needs = f"the disk is full, {redact(url)} needs {expected.size} bytes"
+                    raise UserError(f"{self.dir}: {needs}; free some space, or name another dir") from None
+                with _locked(self.dir / ".lock"):
+                    _evict(self._scan()[0], expected.size)
         _check(url, expected)
         partial = entry.with_name(f".{entry.name}.part")
         file = partial.open("rb")  # before others can see and evict it
         partial.replace(entry)
         return file
 
-    def _write_through(self, url: str, size: int, descriptor: int) -> None:
-        _download(url, size, descriptor)
-        os.fsync(descriptor)  # after a power cut a renamed file would have its size, and zeros in it
-
     def _make_room(self, size: int, descriptor: int) -> None:
         """Evict until `size` more bytes fit, and reserve them by the length of the temporary file."""
         while True:
             with _locked(self.dir / ".lock"):
                 entries, under_way = self._scan()
-                used = sum(stat.st_size for _, stat in entries) + under_way
-                if used - self._evict(used + size - self.max_bytes) + size <= self.max_bytes:
+                if under_way + size <= self.max_bytes:
+                    cached = sum(each.st_size for _, each in entries)
+                    _evict(entries, cached + under_way + size - self.max_bytes)
                     os.truncate(descriptor, size)
                     return
             time.sleep(_POLL)  # others' downloads fill the rest; each ends, and its shard can then be evicted
-
-    def _evict(self, size: int) -> int:
-        """Remove shards, the least recently used first, until at least `size` bytes of them are gone, or all."""
-        removed = 0
-        for path, stat in sorted(self._scan()[0], key=lambda entry: entry[1].st_mtime_ns):
-            if removed >= size:
-                break
-            path.unlink(missing_ok=True)
-            removed += stat.st_size
-        return removed
 
     def _scan(self) -> tuple[list[tuple[Path, os.stat_result]], int]:
         """(shards, bytes of downloads under way); removes what killed downloads left."""
@@ -504,13 +498,22 @@ class ShardCache:
         return entries, under_way
 
 
+def _evict(entries: list[tuple[Path, os.stat_result]], size: int) -> None:
+    """Remove the least recently used until at least `size` bytes of them are gone, or all."""
+    for path, each in sorted(entries, key=lambda entry: entry[1].st_mtime_ns):
+        if size <= 0:
+            return
+        path.unlink(missing_ok=True)
+        size -= each.st_size
+
+
 def _check(url: str, expected: Stat) -> None:
     try:
         now = stat(url)
     except FileNotFoundError:
         raise UserError(f"{redact(url)}: gone since it was indexed") from None
     if now != expected:
-        was, is_now = (f"{each.size} bytes, {each.version}" for each in (expected, now))
+        was, is_now = (f"{each.size} bytes {each.version}".rstrip() for each in (expected, now))
         raise UserError(f"{redact(url)}: changed since it was indexed ({was}; now {is_now}); index it again")
 
 

@@ -126,4 +126,4 @@ def read_caption(data: bytes) -> str:
 
 def _say(error: Exception) -> str:
     # Pillow's "cannot identify image file <_io.BytesIO object at 0x…>" would differ from run to run.
-    return re.sub(r" <_io\.BytesIO.*?>", "", " ".join(str(error).split())) or type(error).__name__
+    return re.sub(r" <_io\.\w+.*?>", "", " ".join(str(error).split())) or type(error).__name__

@@ -25,10 +25,11 @@ from stack.config import UserError
 from stack.data import remote, safety
 from stack.data.index import SUFFIX, ShardIndex, build_index, without_query
 from stack.data.remote import ShardCache, Stat, is_remote
-from stack.data.tar import HEADER_BYTES, header_name
+from stack.data.tar import HEADER_BYTES, is_header_of
 from stack.shown import redact
 
 _PARALLEL_BYTES = 2**28  # shards to index of less in all are not worth starting processes for
+_REQUESTS = 32  # to a store at once
 _MAX_MAPPED = 256  # indices whose columns are mapped at once
 _MAX_PATTERNS = 10**6  # that braces may expand to
 
@@ -113,25 +114,36 @@ def index_shards(
     was indexed.
     """
     urls = find_shards(source)
-    if any(map(is_remote, urls)) and cache is None:
-        raise UserError(f"{redact(str(source))}: a remote source needs a cache folder")
     indices: dict[str, ShardIndex] = {}
     missing: list[_Work] = []
-    with ThreadPoolExecutor(32 if any(map(is_remote, urls)) else 1) as threads:
-        works = threads.map(lambda url: _Work(url, folder, cache), urls)
-        for work in works:
-            known = work.known(rebuild)
-            if known is None:
-                missing.append(work)
-            else:
-                indices[work.url] = known
-                if progress is not None:
-                    progress(len(indices), len(urls))
+    for work, known in _look_up(urls, folder, cache, rebuild):
+        if known is None:
+            missing.append(work)
+        else:
+            indices[work.url] = known
+            if progress is not None:
+                progress(len(indices), len(urls))
     for index in _build_all(missing):
         indices[index.url] = index
         if progress is not None:
             progress(len(indices), len(urls))
     return [indices[url] for url in urls]
+
+
+def _look_up(
+    urls: list[str], folder: Path | None, cache: ShardCache | None, rebuild: bool
+) -> Iterator[tuple[_Work, ShardIndex | None]]:
+    """Each shard with the index that is there already; of remote ones many at a time, for the answers take long."""
+
+    def look(url: str) -> tuple[_Work, ShardIndex | None]:
+        work = _Work(url, folder, cache)
+        return work, work.known(rebuild)
+
+    if any(map(is_remote, urls)):
+        with ThreadPoolExecutor(_REQUESTS) as threads:
+            yield from threads.map(look, urls)
+    else:
+        yield from map(look, urls)
 
 
 class _Work:
@@ -141,7 +153,7 @@ class _Work:
         self.url, self.cache = url, cache
         self.must_write = folder is not None
         if is_remote(url):
-            assert cache is not None
+            assert cache is not None, "a remote source needs a cache"
             self.stat = remote.stat(url)
             folder = folder or cache.dir / "index"
             parent = without_query(url).rpartition("/")[0]
@@ -202,6 +214,14 @@ class _Work:
         return index
 
 
+def stored_index(url: str, folder: Path | None = None, cache: ShardCache | None = None) -> ShardIndex | None:
+    """The index that `index_shards` kept of one shard, whether it still fits it or not; None if there is none."""
+    try:
+        return ShardIndex(url, _Work(url, folder, cache).path)
+    except (OSError, ValueError):
+        return None
+
+
 def _build_all(works: Sequence[_Work]) -> Iterator[ShardIndex]:
     workers = min(len(works), len(os.sched_getaffinity(0)))
     if workers < 2 or sum(work.stat.size for work in works) < _PARALLEL_BYTES:
@@ -243,10 +263,8 @@ class ShardReader:
         index = self.indices[shard]
         offset, length = index.span(row, extension)
         data = os.pread(self.handle(shard), HEADER_BYTES + length, max(0, offset - HEADER_BYTES))
-        name = header_name(data[:HEADER_BYTES], length)
-        if len(data) < HEADER_BYTES + length or name is None:
-            raise self.cut(shard)
-        if name and safety.split_name(name) != (index.key(row), extension):
+        fits = is_header_of(data[:HEADER_BYTES], index.key(row), extension, length)
+        if not fits or len(data) < HEADER_BYTES + length:
             raise self.cut(shard)
         return data[HEADER_BYTES:]
 

@@ -9,6 +9,8 @@ import re
 from collections.abc import Iterator
 from typing import BinaryIO, NamedTuple
 
+from stack.data.safety import split_name
+
 _BLOCK = HEADER_BYTES = 512  # a tar is made of blocks of so many bytes, and a member's header is one
 _MAX_EXTENDED_HEADER = 2**20  # bytes of a GNU long name or pax header
 
@@ -51,16 +53,17 @@ def read_headers(file: BinaryIO, size: int) -> tuple[list[Member], str]:
     return members, ""
 
 
-def header_name(block: bytes, size: int) -> str | None:
-    """The name in the header of a member of `size` bytes; "" if it may stand in an extended header before this one,
-    None if this is not the header of such a member."""
+def is_header_of(block: bytes, key: str, extension: str, size: int) -> bool:
+    """Whether `block` is the header of this member, as far as it can tell: a long name, one that is not ASCII and a
+    large size stand in an extended header before it."""
     try:
         name, length, _ = _parse_header(block)
     except (ValueError, IndexError):
-        return None
-    if length not in (size, 0):  # 0: a large size stands in an extended header
-        return None
-    return name.decode() if name.isascii() and len(name) < 100 else ""
+        return False
+    if length not in (size, 0):
+        return False
+    extended = len(key) + len(extension) > 90 or not (key + extension).isascii()
+    return extended or split_name(name.decode("utf-8", "surrogateescape")) == (key, extension)
 
 
 def _walk(file: BinaryIO, size: int) -> Iterator[Member]:

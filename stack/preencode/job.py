@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from pydantic import Field, NonNegativeInt, PositiveInt, field_validator
 
 from autoencoders.codec import Codec, fingerprint
@@ -94,7 +95,7 @@ def preencode(config: PreencodeConfig) -> Manifest:
     for index, target in zip(source.indices, targets, strict=True):
         if not is_remote(index.url) and Path(index.url).resolve() == target.resolve():
             raise UserError(f"out: {config.out} is the folder of the source shards, which would be overwritten")
-    mark = _mark(config, source)
+    mark = mark_of(config, source, encoder_fingerprints(config), compute_dtype())
     _refuse_other_shards(config.out, mark)
     finished = [_stats(target, mark) is not None for target in targets]
     if not all(finished):
@@ -181,20 +182,21 @@ def _check_form(config: PreencodeConfig, source: ShardSet, encoders: Encoders) -
         raise UserError(f"{redact(config.source)}: MLPerf's samples need {', '.join(odd)}")
 
 
-def _mark(config: PreencodeConfig, source: ShardSet) -> str:
-    """Fingerprint of all that decides an output byte."""
+def mark_of(config: PreencodeConfig, source: ShardSet, encoders: dict[str, str], compute: torch.dtype) -> str:
+    """Fingerprint of all that decides an output byte: the encoders' own, and what they calculate in, among them."""
     free = {"source", "out", "index", "cache", "max_rejected", "decoders", "autoencoder"}
     values = config.model_dump(mode="json", exclude=free)
     values["buckets"] = config.buckets.rule().buckets
     values["captions"] = list(config.captions.items())
     values["text"] = config.text.form
-    values["encoders"] = _encoders(config)
+    values["encoders"] = encoders
     values["source"] = source.fingerprint()
-    values["compute"] = str(compute_dtype())
+    values["compute"] = str(compute)
     return configuration.fingerprint_of(values)
 
 
-def _encoders(config: PreencodeConfig) -> dict[str, str]:
+def encoder_fingerprints(config: PreencodeConfig) -> dict[str, str]:
+    """Reads the weights of all encoders."""
     return {"autoencoder": fingerprint(config.autoencoder), **fingerprints(config.text)}
 
 
@@ -202,7 +204,7 @@ def _refuse_other_shards(out: Path, mark: str) -> None:
     """UserError for a folder whose shards another configuration wrote."""
     out.mkdir(parents=True, exist_ok=True)
     for path in sorted(out.glob("*_stats.json")):
-        stats = _read_stats(path)
+        stats = read_stats(path)
         if stats is not None and stats.get("mark") != mark:
             raise UserError(
                 f"{path}: this shard was made from other sources, encoders or settings than this configuration names: "
@@ -214,11 +216,11 @@ def _stats(target: Path, mark: str) -> dict[str, Any] | None:
     path = stats_path(target)
     if not (path.exists() and target.exists()):
         return None
-    stats = _read_stats(path)
+    stats = read_stats(path)
     return stats if stats is not None and stats.get("mark") == mark else None
 
 
-def _read_stats(path: Path) -> dict[str, Any] | None:
+def read_stats(path: Path) -> dict[str, Any] | None:
     """None for a file that a broken disk left: its shard is done again."""
     try:
         stats = json.loads(path.read_text())
@@ -279,7 +281,7 @@ def _write_manifest(
     empty = TextEncoders(config.text).encode([""])[0]
     manifest = Manifest(
         source=source.fingerprint(),
-        encoders=_encoders(config),
+        encoders=encoder_fingerprints(config),
         **config.text.form,
         buckets=list(config.buckets.rule().buckets),
         dtype=config.dtype,

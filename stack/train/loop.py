@@ -134,19 +134,21 @@ def _build(config: TrainConfig, device: torch.device) -> tuple[ShardData, Object
         rejected.path.unlink(missing_ok=True)
     else:
         dist.barrier()
-    built = build(config, device, rejected)
+    data, objective = build(config, device, rejected)
     if dist.rank() == 0:
         dist.barrier()
-    return built
+        for line in data.unfilled():
+            say(line)
+    return data, objective
 
 
 # What makes a run the same run: keys that a resumed one may change are left out.
-_FREE = {
-    "data": {"workers": True, "index": True},
-    "objective": {"preview": True},
-    "schedule": {},
-    "optim": {},
-    "ema": {},
+_FREE: dict[str, set[str]] = {
+    "data": {"workers", "index", "cache", "max_rejected"},
+    "objective": {"preview"},
+    "schedule": set(),
+    "optim": set(),
+    "ema": set(),
 }
 
 

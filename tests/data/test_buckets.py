@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 import tracemalloc
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from stack.config import UserError, dump, load, validate
 from stack.data.buckets import BucketConfig, BucketRule, fit, histogram, unfilled
 from stack.data.dataset import ImageData, ImageDataset, LatentData, LatentDataset
-from stack.data.plan import BatchPlan
+from stack.data.plan import BatchPlan, Rows
 from stack.data.shards import build_index, find_shards
 
 PHOTOS = Path(__file__).parents[2].parent / "shared" / "data" / "photos"
@@ -301,20 +302,24 @@ def test_unfilled_names_buckets_with_less_than_a_batch() -> None:
 
 @pytest.mark.parametrize("count", [1, 5, 8, 16, 31])
 def test_the_first_batch_of_an_unfilled_bucket_comes_when_said(count: int) -> None:
-    plan = BatchPlan(np.repeat([0, 1], [40, count]), np.zeros(40 + count, np.int64), 32, seed=0)
-    first = next(n for n in range(200) if plan.batch(n)[0] >= 40)
+    rows = Rows(np.arange(40 + count), np.repeat([0, 1], [40, count]), np.zeros((40 + count, 1), np.int64))
+    table = SimpleNamespace(counts=np.array([[40, count]]), weight=None, caption_weights=[1.0], rows=lambda _: rows)
+    plan = BatchPlan([table], 32, seed=0)
+    first = next(n for n in range(200) if plan.batch(n).id[0] >= 40)
     (line,) = unfilled([40, count, 0], 32, buckets_for(32))
     assert f"comes in epoch {plan.epoch_of(first) + 1}," in line
 
 
-def test_data_sets_say_which_buckets_have_less_than_a_batch(stage, capsys) -> None:
-    latents = LatentDataset(LatentData(path=stage.encoded, batch_size=64, max_validation=0), seed=0)
-    said = capsys.readouterr().err
+def test_training_says_which_buckets_have_less_than_a_batch(stage, mmdit, tmp_path) -> None:
+    latents = LatentDataset(LatentData(path=str(stage.encoded), batch_size=64, max_validation=0), seed=0)
     images = ImageDataset(ImageData(source=str(stage.shards), batch_size=64, max_validation=0), seed=0)
-    assert capsys.readouterr().err == said
-    sides = np.array(buckets_for(32).buckets) // latents.manifest.latent_factor
-    counts = [int(((latents.shards.width == w) & (latents.shards.height == h)).sum()) for w, h in sides]
-    assert sum(counts) == images.num_samples == 96
-    assert said.splitlines() == unfilled(counts, 64, buckets_for(32)) != []
-    LatentDataset(LatentData(path=stage.encoded, batch_size=8, max_validation=0), seed=0)
-    assert capsys.readouterr().err == ""
+    counts = np.bincount([latents._bucket(sample) for sample in range(96)], minlength=3).tolist()
+    sides = BucketRule(buckets=tuple(latents.sides))
+    assert images.num_samples == 96
+    assert latents.unfilled() == unfilled(counts, 64, sides) != []
+    assert sorted(latents.unfilled()) == sorted(images.unfilled())
+    keys = {"path": str(stage.encoded), "batch_size": 64, "max_validation": 0}
+    config = stage.train_config("unfilled", run={"dir": str(tmp_path)}, data=keys, schedule={"steps": 1})
+    assert mmdit("train", config).stderr.startswith("\n".join(latents.unfilled()))
+    data = LatentDataset(LatentData(path=str(stage.encoded), batch_size=8, max_validation=0), seed=0)
+    assert data.unfilled() == []

@@ -10,6 +10,7 @@ import threading
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,10 +21,14 @@ from safetensors.torch import load
 from stack.config import UserError
 from stack.data import mlperf
 from stack.data.dataset import LatentBatch, LatentData, LatentDataset
+from stack.data.plan import BatchPlan, Rows
 from stack.data.remote import CacheConfig
 from stack.data.schema import load_manifest, to_float8
-from stack.data.shards import ShardReader
+from stack.data.shards import ShardReader, index_shards
+from stack.text import tokenizer
 from stack.text.encoders import TextConfig, TextEncoders
+
+SHARED = Path(__file__).parents[2].parent / "shared"
 
 
 def dataset(path: Any, **keys: Any) -> LatentDataset:
@@ -238,3 +243,25 @@ def test_training_data_over_http(stage, tmp_path):
     for one, other in zip(batches(dataset(stage.encoded), 12), remote, strict=True):
         assert one.keys == other.keys
         assert torch.equal(one.mean_BCHW, other.mean_BCHW)
+
+
+@pytest.mark.skipif(not (SHARED / "data" / "emoji").is_dir(), reason="shared data is not here")
+def test_little_of_a_batch_of_real_captions_is_padding(tmp_path):
+    """The emoji's captions, 3 to 29 tokens, in batches of 32: at most a tenth of the tokens is padding."""
+    indices = index_shards(SHARED / "data" / "emoji", tmp_path)
+    reader, tokenize = ShardReader(indices), tokenizer.load(tokenizer.CAPTION_TOKENIZER)
+    table = SimpleNamespace(counts=np.array([[len(index)] for index in indices]), weight=None, caption_weights=[1.0])
+    starts = np.cumsum([0, *map(len, indices)])
+    lengths = [
+        np.array(
+            [[len(tokenize.encode(reader.read(shard, row, "txt").decode().strip()).ids)] for row in range(len(index))]
+        )
+        for shard, index in enumerate(indices)
+    ]
+    table.rows = lambda shard: Rows(
+        starts[shard] + np.arange(len(lengths[shard])), np.zeros(len(lengths[shard]), int), lengths[shard]
+    )
+    plan, all_lengths = BatchPlan([table], 32, seed=0), np.concatenate(lengths)[:, 0]
+    batches = [all_lengths[plan.batch(n).id] for n in range(3 * 118)]
+    padded = sum(len(batch) * batch.max() for batch in batches)
+    assert 1 - sum(batch.sum() for batch in batches) / padded <= 0.10

@@ -12,8 +12,9 @@ from PIL import Image
 from safetensors.torch import save
 
 from stack.config import UserError
-from stack.data import safety
+from stack.data import layout, safety
 from stack.data.safety import DecodeError, RejectLog
+from stack.shown import redact
 
 
 @pytest.mark.parametrize(
@@ -27,6 +28,29 @@ def test_shell_and_chained_sources_are_refused(source: str) -> None:
 def test_plain_sources_pass() -> None:
     for source in ["data/{00000..00007}.tar", "/a/b", "s3://bucket/x.tar", "pipes/a:b.tar"]:
         safety.check_source(source)
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("https://user:pw@host/a.tar?X-Amz-Signature=abc", "https://***@host/a.tar?***"),
+        ("s3://key:p@ss@bucket/a@b.tar", "s3://***@bucket/a@b.tar"),
+        (
+            "HTTP 503 for https://h/a?b=c, url='http://t@h/x?y=z'",
+            "HTTP 503 for https://h/a?***, url='http://***@h/x?***",
+        ),
+        ("no URL: a@b.c? yes, why://not", "no URL: a@b.c? yes, why://not"),
+        ("https://h:80/a.tar is gone", "https://h:80/a.tar is gone"),
+    ],
+)
+def test_urls_are_shown_without_secrets(text: str, shown: str) -> None:
+    assert redact(text) == shown
+    assert redact(shown) == shown
+
+
+def test_a_refused_source_is_shown_without_secrets() -> None:
+    with pytest.raises(UserError, match=r"^'https://\*\*\*@h/a::b'"):
+        safety.check_source("https://user:pw@h/a::b")
 
 
 @pytest.mark.parametrize("name", ["a.pkl", "a.npy.PTH", "b/a.pt", "a.pyd", "a.pickle"])
@@ -75,15 +99,24 @@ def test_other_image_formats_are_refused_whatever_they_are_called() -> None:
     assert "0x" not in str(error.value)
 
 
-def test_safetensors_shapes_from_the_head() -> None:
-    data = save({"latent_mean": torch.zeros(4, 2, 3), "t5": torch.zeros(7, 8, dtype=torch.bfloat16)})
-    head = data[: safety.safetensors_header_size(data[:8])]
-    assert safety.read_safetensors_shapes(head, len(data)) == {"latent_mean": (4, 2, 3), "t5": (7, 8)}
-    for broken in [head[:-20], b"", b"\xff" * 64, head.replace(b"[4,2,3]", b"[4,2,q]")]:
+def test_layout_of_a_pre_encoded_sample() -> None:
+    latent = torch.zeros(4, 2, 3)
+    tensors = {"latent_mean": latent, "latent_logvar": latent + 1, "pooled": torch.zeros(9), "pooled.1": torch.zeros(9)}
+    data = save({**tensors, "t5": torch.zeros(7, 8, dtype=torch.bfloat16), "t5.1": torch.zeros(5, 8)})
+    header = data[: layout.header_bytes(data[:8])]
+    found = layout.parse(header)
+    assert (found.latent, found.caption_lengths, found.size) == ((3, 2), [7, 5], len(data))
+    for name, shape in {"latent_mean": (4, 2, 3), "t5": (7, 8), "pooled.1": (9,)}.items():
+        assert found.slots[name].shape == shape
+    for broken in [
+        header[:-20],
+        b"",
+        b"\xff" * 64,
+        header.replace(b"[4,2,3]", b"[4,2,q]"),
+        header.replace(b"F32", b"I32"),
+    ]:
         with pytest.raises(DecodeError):
-            safety.read_safetensors_shapes(broken, len(data))
-    with pytest.raises(DecodeError):
-        safety.read_safetensors_shapes(head, len(data) - 1)
+            layout.parse(broken)
 
 
 def test_reject_log_appends(tmp_path: Path) -> None:

@@ -138,7 +138,11 @@ def test_bad_samples_are_listed_and_the_others_kept(mmdit, stage, tmp_path):
     rewrite(stage.shards / "00000.tar", tmp_path / "shards" / "00000.tar", change)
     config = tmp_path / "preencode.yaml"
     values = yaml.safe_load((stage.folder / "preencode.yaml").read_text())
-    config.write_text(yaml.safe_dump({**values, "source": str(tmp_path / "shards"), "out": str(tmp_path / "out")}))
+    config.write_text(
+        yaml.safe_dump(
+            {**values, "source": str(tmp_path / "shards"), "out": str(tmp_path / "out"), "max_rejected": 0.1}
+        )
+    )
     done = mmdit("preencode", config)
     assert done.returncode == 0, done.stderr
     listed = [json.loads(line) for line in (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()]
@@ -150,7 +154,8 @@ def test_bad_samples_are_listed_and_the_others_kept(mmdit, stage, tmp_path):
     assert (manifest["samples"], manifest["rejected"]) == (36, 4)
 
     config = stage.folder / "autoencoder.yaml"
-    done = mmdit("train", config, f"run.dir={tmp_path}/ae", f"data.source={tmp_path}/shards", "schedule.steps=9")
+    more = ("schedule.steps=9", "data.max_rejected=0.1")
+    done = mmdit("train", config, f"run.dir={tmp_path}/ae", f"data.source={tmp_path}/shards", *more)
     assert done.returncode == 0, done.stderr
     listed = [json.loads(line) for line in (tmp_path / "ae" / "rejected.jsonl").read_text().splitlines()]
     assert {entry["key"] for entry in listed} == set(reasons)
