@@ -20,6 +20,7 @@ TARGETS = {  # times faster than the peer, by size
     "webdataset": {"0.2 MB": 10.0, "0.6 MB": 10.0, "2 MB": 5.0},
     "litdata": dict.fromkeys(FORMS, 1.2),
     "mosaicml-streaming": dict.fromkeys(FORMS, 5.0),
+    "mosaicml-streaming by index": dict.fromkeys(FORMS, 5.0),
     "webshart": dict.fromkeys(FORMS, 2.0),
 }
 PAIRS, TEXT_PAIRS = 9, 5
