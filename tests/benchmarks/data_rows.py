@@ -159,7 +159,7 @@ class Benchmark:
 
     @cached_property
     def _captions(self) -> dict[str, list[str]]:
-        few, many = (4, 8) if self._quick else (64, 128)
+        few, many = (4, 8) if self._quick else (64, 96)
         return {EMOJI: some_captions(self._emoji, many), LONG: long_captions(self._emoji, few)}
 
     # ---- bytes
