@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import re
 import typing
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -28,6 +29,14 @@ class Config(pydantic.BaseModel):
     """Base of all configuration sections: frozen, and an unknown key is an error at every level."""
 
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+    @pydantic.field_validator("*")
+    @classmethod
+    def _refuse_urls_as_paths(cls, value: Any) -> Any:
+        """s3://bucket/x would be a folder of that name, here, and a password in it part of the name."""
+        if isinstance(value, Path) and re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(value)):
+            raise ValueError("a URL, expected a path on this machine")
+        return value
 
 
 C = TypeVar("C", bound=Config)

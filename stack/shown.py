@@ -15,7 +15,7 @@ def redact(text: str) -> str:
     # A password with a slash or question mark in it breaks the URL, but is one all the same.
     text = re.sub(r"(?<=://)(?:[^\s/?#]*|[^\s/?#@:]*:(?!\d{0,5}(?:[/?#\s]|$))\S*)@", "***@", text)
     # A query may hold any character but white space, so quotes and brackets right behind it are lost with it.
-    return re.sub(r"(://[^\s?]*\?)\S+?(?=[:;,.]?(?:\s|$))", r"\1***", text)
+    return re.sub(r"(://[^\s?]*\?)(?!\*\*\*)\S+?(?=[:;,.]?(?:\s|$))", r"\1***", text)
 
 
 def redacted(values: Any) -> Any:

@@ -381,7 +381,8 @@ def test_a_flip_in_the_columns_of_an_index_never_pairs_an_image_with_another_cap
             except UserError as error:
                 said.append(str(error))
             else:
-                assert found.items() <= truth[index.key(row)].items()
+                [key] = (key for key in KEYS if found.items() <= truth[key].items())
+                assert index.key(row) == key or not index.key(row).isascii()  # the key itself was hit
     assert len(said) > 20
     assert all("not what was indexed" in line for line in said)
 
