@@ -84,7 +84,7 @@ def rgb(image: Any) -> Tensor:
 def ours(source: Path, copy: Path) -> Epoch:
     from stack.data.dataset import LatentData, LatentDataset
 
-    dataset = LatentDataset(LatentData(path=source, batch_size=BATCH, validation_share=0), seed=0)
+    dataset = LatentDataset(LatentData(path=str(source), batch_size=BATCH, validation_share=0), seed=0)
     assert dataset.num_samples % BATCH == 0, dataset.num_samples
     steps = dataset.num_samples // BATCH
     starts = itertools.count(0, steps)

@@ -164,11 +164,9 @@ class Benchmark:
 
     # ---- bytes
 
-    def _bytes(self, kind: str, options: dict[str, Any] | None, target: float, name: str) -> Row:
-        """`options` of the writer; None for a form that it does not have."""
+    def _bytes(self, kind: str, options: dict[str, Any], target: float, name: str) -> Row:
+        """`options` of the writer."""
         unit, theirs = "bytes/sample", flux_bytes()
-        if options is None:
-            return Row(name, "not written", theirs, None, target, unit, 0)
         ours = our_bytes(self._folder("bytes"), self._lengths(kind), **options)
         return Row(name, ours, theirs, theirs / ours, target, unit, 0)
 

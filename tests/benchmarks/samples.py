@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from contenders import BATCH
 
-from stack.data.schema import MANIFEST, EncodedSample, Manifest, ShardRecord
+from stack.data.schema import MANIFEST, EncodedSample, Manifest, ShardRecord, text_tensors
 from stack.preencode.writer import ShardWriter, stats_path
 from stack.text.conditioning import EncodedText
 
@@ -21,8 +21,7 @@ T5_DIM, CLIP_L_DIM, CLIP_G_DIM = 4096, 768, 1280
 CLIP_TOKENS = 77
 SHARD_BYTES = 64e6
 
-# Where `ShardWriter` stores T5 as float8: its keyword arguments that say so. None: it does not, and the rows say that.
-FLOAT8_T5: dict[str, Any] | None = None
+FLOAT8_T5: dict[str, Any] = {"t5_dtype": "float8"}
 
 
 class Form(NamedTuple):
@@ -84,6 +83,8 @@ def write_shards(folder: Path, form: Form) -> None:
         clip_tokens=True,
         buckets=[(form.side * FACTOR, form.side * FACTOR)],
         dtype="bfloat16",
+        t5_dtype=None,
+        captions=["txt"],
         scale=1.0,
         shift=0.0,
         latent_channels=CHANNELS,
@@ -105,13 +106,14 @@ def _sample(noise: _Noise, side: int, t5_tokens: int, clip_tokens: int, clip_g: 
         clip_g=noise(clip_tokens, CLIP_G_DIM) if clip_g else None,
         pooled=noise(CLIP_L_DIM + (CLIP_G_DIM if clip_g else 0)),
     )
-    return EncodedSample(noise(CHANNELS, side, side), noise(CHANNELS, side, side), text)
+    return EncodedSample(noise(CHANNELS, side, side), noise(CHANNELS, side, side), [text])
 
 
 def _num_bytes(sample: EncodedSample) -> int:
-    text = sample.text
-    tensors = (sample.latent_mean, sample.latent_logvar, text.t5, text.clip_l, text.clip_g, text.pooled)
-    return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+    (text,) = sample.texts
+    assert text is not None
+    tensors = (sample.latent_mean, sample.latent_logvar, *text_tensors(text).values())
+    return sum(tensor.nbytes for tensor in tensors)
 
 
 # ---- bytes a sample, FLUX at 256²: T5-XXL, the pooled vector of CLIP-L, moments of 16 × 32 × 32
@@ -143,9 +145,11 @@ def flux_bytes() -> float:
     """Bytes a sample of KEY.json and one file of bfloat16 bits a tensor, T5 padded to 256 tokens."""
     noise = _Noise(seed=0)
     sample = _sample(noise, FLUX_SIDE, FLUX_TOKENS, 0, clip_g=False)
+    (text,) = sample.texts
+    assert text is not None
     tensors = {
-        "t5.bytes": sample.text.t5,
-        "clip.bytes": sample.text.pooled,
+        "t5.bytes": text.t5,
+        "clip.bytes": text.pooled,
         "mean.bytes": sample.latent_mean,
         "logvar.bytes": sample.latent_logvar,
     }
