@@ -1,8 +1,7 @@
-"""Pre-encoded samples from their shards into one batch: a read a sample, straight into the batch's memory."""
+"""Pre-encoded samples from their shards into one batch: one copy, from the mapped shard into the batch's memory."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
@@ -57,33 +56,34 @@ def read(reader: ShardReader, places: Sequence[tuple[int, int, int]]) -> dict[st
     """The tensors of some samples, each given as (shard, row, caption): [B, …] by name, padded with zeros.
 
     Beside those of `schema`, t5_length and clip_length: true tokens of each caption [B]. Memory is taken once, and each
-    member read once into its rows of the batch. Raises UserError where a shard is not what was indexed,
+    tensor copied once into its row of the batch. Raises UserError where a shard is not what was indexed,
     or samples don't go together.
     """
     samples: list[_Sample] = []
-    offsets: list[int] = []
+    members: list[memoryview] = []
     for shard, row, caption in places:
-        index = reader.indices[shard]
+        index, view = reader.indices[shard], reader.view(shard)
         offset, length = index.span(row, "safetensors")
-        member = os.pread(reader.handle(shard), HEADER_BYTES + layout.HEAD_BYTES, max(0, offset - HEADER_BYTES))
-        name, head = f"{index.key(row)}.safetensors\0", member[HEADER_BYTES:]
-        if name.isascii() and not member.startswith(name.encode()):  # else it stands in an extended header
-            raise reader.cut(shard)
-        stop = layout.header_bytes(head)
-        header = head[:stop] if stop <= len(head) else os.pread(reader.handle(shard), stop, offset)
+        member, name = view[offset : offset + length], f"{index.key(row)}.safetensors\0"
+        if name.isascii() and view[offset - HEADER_BYTES : offset - HEADER_BYTES + len(name)] != name.encode():
+            raise reader.cut(shard)  # else it stands in an extended header
+        header = bytes(member[: layout.header_bytes(member[:8])])
         try:
-            small = len(header) <= layout.HEAD_BYTES
-            found = (_find_known if small else _find)(header, caption)
+            found = (_find_known if len(header) <= layout.HEAD_BYTES else _find)(header, caption)
         except DecodeError:
             raise reader.cut(shard) from None
         if found.size != length or (samples and found.form != samples[0].form):
             raise reader.cut(shard)
         samples.append(found)
-        offsets.append(offset)
+        members.append(member)
 
     tensors, rows = _allocate(samples)
-    for (shard, _, _), offset, found, own in zip(places, offsets, samples, rows, strict=True):
-        _fill(reader, shard, offset, found.parts, own)
+    for member, found, own in zip(members, samples, rows, strict=True):
+        for (_, slot), row_bytes in zip(found.parts, own, strict=True):
+            size = slot.stop - slot.start
+            row_bytes[:size] = member[slot.start : slot.stop]
+            if size < len(row_bytes):
+                row_bytes[size:] = bytes(len(row_bytes) - size)
     for name in ("t5", "clip_l", "clip_g"):
         if name in tensors:
             lengths = [part.slot.shape[0] for found in samples for part in found.parts if part.name == name]
@@ -103,28 +103,6 @@ def _allocate(samples: list[_Sample]) -> tuple[dict[str, Tensor], list[tuple[mem
         step = len(view) // len(samples)
         columns.append([view[at * step : (at + 1) * step] for at in range(len(samples))])
     return tensors, list(zip(*columns, strict=True))
-
-
-def _fill(reader: ShardReader, shard: int, offset: int, parts: tuple[_Part, ...], rows: tuple[memoryview, ...]) -> None:
-    """Read one sample into its rows: tensors that stand behind one another by one call."""
-    buffers: list[memoryview] = []
-    start = stop = parts[0].slot.start
-    for (_, slot), row in zip(parts, rows, strict=True):
-        if slot.start != stop:
-            _readv(reader, shard, offset + start, stop - start, buffers)
-            buffers, start = [], slot.start
-        size = slot.stop - slot.start
-        if size < len(row):
-            row[size:] = bytes(len(row) - size)
-            row = row[:size]
-        buffers.append(row)
-        stop = slot.stop
-    _readv(reader, shard, offset + start, stop - start, buffers)
-
-
-def _readv(reader: ShardReader, shard: int, offset: int, size: int, buffers: list[memoryview]) -> None:
-    if os.preadv(reader.handle(shard), buffers, offset) != size:
-        raise reader.cut(shard)
 
 
 def text_batch(tensors: dict[str, Tensor], pad: Pad) -> TextBatch:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import tarfile
 from collections import Counter
@@ -12,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from contenders import BATCH
 
-from stack.data.schema import MANIFEST, EncodedSample, Manifest, ShardRecord, text_tensors
+from stack.data.schema import MANIFEST, EncodedSample, Manifest, ShardRecord, text_tensors, to_bytes
 from stack.preencode.writer import ShardWriter, stats_path
 from stack.text.conditioning import EncodedText
 
@@ -91,7 +92,7 @@ def write_shards(folder: Path, form: Form) -> None:
         latent_factor=FACTOR,
         latent_mean=[0.0] * CHANNELS,
         latent_std=[1.0] * CHANNELS,
-        empty_caption="",
+        empty_caption=base64.b64encode(to_bytes({"pooled": noise(8)}, torch.bfloat16)).decode(),
         samples=form.samples,
         rejected=0,
         shards=records,
