@@ -1,8 +1,7 @@
-"""Pre-encoded samples from their shards into one batch: a read a sample, straight into the batch's memory."""
+"""Pre-encoded samples from their shards into one batch: one copy, from the mapped shard into the batch's memory."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
@@ -26,8 +25,16 @@ class _Part(NamedTuple):
     slot: Slot
 
 
-def _find_parts(header: bytes, caption: int) -> tuple[int, tuple[_Part, ...]]:
-    """Bytes of the whole member, and the tensors of one caption in the order they stand in. Raises DecodeError."""
+class _Sample(NamedTuple):
+    """The tensors of one caption, in the order they stand in; what is the same for all samples of a batch; bytes."""
+
+    parts: tuple[_Part, ...]
+    form: tuple[tuple[str, str, tuple[int, ...]], ...]
+    size: int
+
+
+def _find(header: bytes, caption: int) -> _Sample:
+    """Raises DecodeError."""
     found = layout.parse(header)
     suffix = f".{caption}" if caption else ""
     listed = []
@@ -37,95 +44,65 @@ def _find_parts(header: bytes, caption: int) -> tuple[int, tuple[_Part, ...]]:
             listed.append(_Part(base, slot))
     if f"pooled{suffix}" not in found.slots:
         raise DecodeError(f"no caption {caption}")
-    return found.size, tuple(sorted(listed, key=lambda part: part.slot.start))
+    parts = tuple(sorted(listed, key=lambda part: part.slot.start))
+    form = tuple((name, slot.dtype, slot.shape[name in _PADDED :]) for name, slot in parts)
+    return _Sample(parts, form, found.size)
 
 
-_known_parts = lru_cache(maxsize=65536)(_find_parts)
+_find_known = lru_cache(maxsize=65536)(_find)
 
 
 def read(reader: ShardReader, places: Sequence[tuple[int, int, int]]) -> dict[str, Tensor]:
     """The tensors of some samples, each given as (shard, row, caption): [B, …] by name, padded with zeros.
 
     Beside those of `schema`, t5_length and clip_length: true tokens of each caption [B]. Memory is taken once, and each
-    member read once into its rows of the batch. Raises UserError where a shard is not what was indexed,
+    tensor copied once into its row of the batch. Raises UserError where a shard is not what was indexed,
     or samples don't go together.
     """
-    parts: list[tuple[_Part, ...]] = []
-    offsets: list[int] = []
+    samples: list[_Sample] = []
+    members: list[memoryview] = []
     for shard, row, caption in places:
-        index = reader.indices[shard]
+        index, view = reader.indices[shard], reader.view(shard)
         offset, length = index.span(row, "safetensors")
-        member = os.pread(reader.handle(shard), HEADER_BYTES + layout.HEAD_BYTES, max(0, offset - HEADER_BYTES))
-        name, head = f"{index.key(row)}.safetensors\0", member[HEADER_BYTES:]
-        if name.isascii() and not member.startswith(name.encode()):  # else it stands in an extended header
-            raise reader.cut(shard)
-        stop = layout.header_bytes(head)
-        header = head[:stop] if stop <= len(head) else os.pread(reader.handle(shard), stop, offset)
+        member, name = view[offset : offset + length], f"{index.key(row)}.safetensors\0"
+        if name.isascii() and view[offset - HEADER_BYTES : offset - HEADER_BYTES + len(name)] != name.encode():
+            raise reader.cut(shard)  # else it stands in an extended header
+        header = bytes(member[: layout.header_bytes(member[:8])])
         try:
-            small = len(header) <= layout.HEAD_BYTES
-            size, found = (_known_parts if small else _find_parts)(header, caption)
+            found = (_find_known if len(header) <= layout.HEAD_BYTES else _find)(header, caption)
         except DecodeError:
             raise reader.cut(shard) from None
-        if size != length or (parts and not _alike(parts[0], found)):
+        if found.size != length or (samples and found.form != samples[0].form):
             raise reader.cut(shard)
-        parts.append(found)
-        offsets.append(offset)
+        samples.append(found)
+        members.append(member)
 
-    tensors, rows = _allocate(parts)
-    for at, ((shard, _, _), offset, found) in enumerate(zip(places, offsets, parts, strict=True)):
-        _fill(reader, shard, offset, found, {name: row[at] for name, row in rows.items()})
+    tensors, rows = _allocate(samples)
+    for member, found, own in zip(members, samples, rows, strict=True):
+        for (_, slot), row_bytes in zip(found.parts, own, strict=True):
+            size = slot.stop - slot.start
+            row_bytes[:size] = member[slot.start : slot.stop]
+            if size < len(row_bytes):
+                row_bytes[size:] = bytes(len(row_bytes) - size)
     for name in ("t5", "clip_l", "clip_g"):
         if name in tensors:
-            lengths = [part.slot.shape[0] for found in parts for part in found if part.name == name]
+            lengths = [part.slot.shape[0] for found in samples for part in found.parts if part.name == name]
             tensors["t5_length" if name == "t5" else "clip_length"] = torch.tensor(lengths)
     return tensors
 
 
-def _alike(one: tuple[_Part, ...], other: tuple[_Part, ...]) -> bool:
-    """Whether two samples can stand in one batch: the same tensors, apart from the captions' lengths."""
-    return len(one) == len(other) and all(
-        a.name == b.name
-        and a.slot.dtype == b.slot.dtype
-        and a.slot.shape[a.name in _PADDED :] == b.slot.shape[b.name in _PADDED :]
-        for a, b in zip(one, other, strict=True)
-    )
-
-
-def _allocate(parts: list[tuple[_Part, ...]]) -> tuple[dict[str, Tensor], dict[str, list[memoryview]]]:
-    """Tensors for a batch [B, …], and each one's rows as bytes."""
-    tensors, rows = {}, {}
-    for column, (name, slot) in enumerate(parts[0]):
+def _allocate(samples: list[_Sample]) -> tuple[dict[str, Tensor], list[tuple[memoryview, ...]]]:
+    """Tensors for a batch [B, …], and each sample's rows of them as bytes."""
+    tensors, columns = {}, []
+    for number, (name, slot) in enumerate(samples[0].parts):
         shape = slot.shape
         if name in _PADDED:
-            shape = max(found[column].slot.shape[0] for found in parts), *shape[1:]
-        tensor = torch.empty((len(parts), *shape), dtype=_DTYPES[slot.dtype])
-        tensors[name] = tensor
-        view = memoryview(tensor.view(torch.uint8).flatten().numpy())  # type: ignore[arg-type]
-        step = len(view) // len(parts)
-        rows[name] = [view[at * step : (at + 1) * step] for at in range(len(parts))]
-    return tensors, rows
-
-
-def _fill(reader: ShardReader, shard: int, offset: int, parts: tuple[_Part, ...], rows: dict[str, memoryview]) -> None:
-    """Read one sample into its rows: tensors that stand behind one another by one call."""
-    buffers: list[memoryview] = []
-    start = stop = parts[0].slot.start
-    for name, slot in parts:
-        if slot.start != stop:
-            _readv(reader, shard, offset + start, buffers)
-            buffers, start = [], slot.start
-        size = slot.stop - slot.start
-        row = rows[name]
-        buffers.append(row[:size])
-        if len(row) > size:
-            row[size:] = bytes(len(row) - size)
-        stop = slot.stop
-    _readv(reader, shard, offset + start, buffers)
-
-
-def _readv(reader: ShardReader, shard: int, offset: int, buffers: list[memoryview]) -> None:
-    if os.preadv(reader.handle(shard), buffers, offset) != sum(map(len, buffers)):
-        raise reader.cut(shard)
+            shape = max(found.parts[number].slot.shape[0] for found in samples), *shape[1:]
+        tensors[name] = torch.empty((len(samples), *shape), dtype=_DTYPES[slot.dtype])
+        view = memoryview(tensors[name].view(torch.uint8).flatten().numpy())  # type: ignore[arg-type]
+        step = len(view) // len(samples)
+        columns.append([view[at * step : (at + 1) * step] for at in range(len(samples))])
+    return tensors, list(zip(*columns, strict=True))
 
 
 def text_batch(tensors: dict[str, Tensor], pad: Pad) -> TextBatch:

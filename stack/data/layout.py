@@ -55,7 +55,7 @@ class Layout(NamedTuple):
         return [found.get(caption, -1) for caption in range(max(found, default=-1) + 1)]
 
 
-def header_bytes(head: bytes) -> int:
+def header_bytes(head: bytes | memoryview) -> int:
     """Bytes of the whole header, told by a member's first 8; at most those of the largest that is read."""
     return 8 + min(int.from_bytes(head[:8], "little"), _MAX_HEADER)
 

@@ -6,6 +6,7 @@ import glob
 import hashlib
 import json
 import math
+import mmap
 import os
 import re
 from collections import OrderedDict
@@ -253,6 +254,7 @@ class ShardReader:
         self.cache = cache
         self.max_open = max_open
         self._files: OrderedDict[int, BinaryIO] = OrderedDict()
+        self._views: dict[int, memoryview] = {}
         self._process = os.getpid()
 
     def read(self, shard: int, row: int, extension: str) -> bytes:
@@ -275,10 +277,24 @@ class ShardReader:
             self._process = os.getpid()
         if shard not in self._files:
             while len(self._files) >= self.max_open:
-                self._files.popitem(last=False)[1].close()
+                oldest, file = self._files.popitem(last=False)
+                self._views.pop(oldest, None)
+                file.close()
             self._files[shard] = self._open(self.indices[shard])
         self._files.move_to_end(shard)
         return self._files[shard].fileno()
+
+    def view(self, shard: int) -> memoryview:
+        """The whole tar, mapped into memory: copies from it are twice as fast as reads.
+
+        Raises UserError if its size changed, for what lies behind the end of a mapped file cannot be touched.
+        """
+        size = os.fstat(self.handle(shard)).st_size
+        if size != self.indices[shard].size:
+            raise self.cut(shard)
+        if shard not in self._views:
+            self._views[shard] = memoryview(mmap.mmap(self.handle(shard), size, access=mmap.ACCESS_READ))
+        return self._views[shard]
 
     def cut(self, shard: int) -> UserError:
         """What to raise where a member does not stand where it did."""
@@ -289,11 +305,12 @@ class ShardReader:
         return changed(index.url, f"{index.size:,} bytes then, {size:,} now")
 
     def close(self) -> None:
+        self._views.clear()
         while self._files:
             self._files.popitem()[1].close()
 
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_files": OrderedDict()}  # a spawned process opens its own
+        return {**self.__dict__, "_files": OrderedDict(), "_views": {}}  # a spawned process opens its own
 
     def _open(self, index: ShardIndex) -> BinaryIO:
         if is_remote(index.url):

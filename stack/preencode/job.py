@@ -188,7 +188,7 @@ def mark_of(config: PreencodeConfig, source: ShardSet, encoders: dict[str, str],
     values = config.model_dump(mode="json", exclude=free)
     values["buckets"] = config.buckets.rule().buckets
     values["captions"] = list(config.captions.items())
-    values["text"] = config.text.form
+    values["text"] = {**config.text.form, "batch_size": config.text.batch_size}  # which captions are padded together
     values["encoders"] = encoders
     values["source"] = source.fingerprint()
     values["compute"] = str(compute)
@@ -246,16 +246,15 @@ def _encode_shard(
     writer = ShardWriter(target, DTYPES[config.dtype], config.t5_dtype)
     samples = read_samples(config, encoders.rule, reader, number)
     try:
-        for encoded in overlapped(samples, encoders, CHUNK_BATCHES * config.batch_size):
-            for item, sample in encoded:
-                if isinstance(item, Rejected):
-                    listed.append(item)
-                elif sample is None:
-                    listed.append(Rejected(item.key, "the tokenizers of CLIP-L and bigG cut the caption differently"))
+        for outcomes in overlapped(samples, encoders, CHUNK_BATCHES * config.batch_size):
+            for outcome in outcomes:
+                if isinstance(outcome, Rejected):
+                    listed.append(outcome)
                 else:
-                    writer.add(item.key, sample, item.facts)
-                    counts[item.bucket] += 1
-            advance(len(encoded))
+                    raw, sample = outcome
+                    writer.add(raw.key, sample, raw.facts)
+                    counts[raw.bucket] += 1
+            advance(len(outcomes))
         rejected = [entry(index.name, *one) for one in listed]
         facts = {"mark": mark, "source": index.name, "rejected": rejected, "damage": index.damage, "buckets": counts}
         writer.finish(facts)

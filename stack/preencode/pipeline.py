@@ -21,9 +21,8 @@ from stack.data import mlperf
 from stack.data.buckets import BucketRule, fit
 from stack.data.images import decode_image, to_bucket
 from stack.data.safety import MAX_TEXT, DecodeError, Rejected, read_caption
-from stack.data.schema import EncodedSample
+from stack.data.schema import EncodedSample, text_tensors
 from stack.data.shards import ShardReader
-from stack.text.conditioning import EncodedText
 from stack.text.encoders import TextEncoders
 
 if TYPE_CHECKING:
@@ -47,6 +46,7 @@ class Raw(NamedTuple):
 
 
 Item = Raw | Rejected
+Outcome = tuple[Raw, EncodedSample] | Rejected
 
 
 def compute_dtype() -> torch.dtype:
@@ -70,10 +70,27 @@ class Encoders:
                 f"buckets: a side of {odd[0]} pixels is not divisible by the autoencoder's factor {self.codec.factor}"
             )
 
-    @torch.inference_mode()
-    def encode(self, chunk: list[Raw]) -> list[EncodedSample | None]:
-        """The samples of `chunk`, in order; None where the two CLIPs cut a caption differently."""
+    def encode(self, items: list[Item]) -> list[Outcome]:
+        """What becomes of some samples, in order; those that were rejected before stay so."""
         began = time.monotonic()
+        encoded = iter(self._encode([item for item in items if isinstance(item, Raw)]))
+        outcomes: list[Outcome] = []
+        for item in items:
+            if isinstance(item, Rejected):
+                outcomes.append(item)
+                continue
+            sample = next(encoded)
+            if not all(text is None or text.fits() for text in sample.texts):
+                outcomes.append(Rejected(item.key, "the tokenizers of CLIP-L and bigG cut the caption differently"))
+            elif not _is_finite(sample):
+                outcomes.append(Rejected(item.key, "encoded to values that are not finite"))
+            else:
+                outcomes.append((item, sample))
+        self.seconds += time.monotonic() - began
+        return outcomes
+
+    @torch.inference_mode()
+    def _encode(self, chunk: list[Raw]) -> list[EncodedSample]:
         moments: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         fresh = [i for i, raw in enumerate(chunk) if raw.ready is None]
         for bucket in sorted({chunk[i].bucket for i in fresh}):
@@ -86,16 +103,20 @@ class Encoders:
                 moments.update({i: (mean[row].cpu(), logvar[row].cpu()) for row, i in enumerate(rows)})
         present = [caption for i in fresh for caption in chunk[i].captions if caption is not None]
         encoded = iter(self.text.encode(present))
-        samples: list[EncodedSample | None] = []
+        samples: list[EncodedSample] = []
         for i, raw in enumerate(chunk):
             if raw.ready is not None:
                 samples.append(raw.ready)
-                continue
-            texts: list[EncodedText | None] = [None if c is None else next(encoded) for c in raw.captions]
-            fits = all(text is None or text.fits() for text in texts)
-            samples.append(EncodedSample(*moments[i], texts) if fits else None)
-        self.seconds += time.monotonic() - began
+            else:
+                texts = [None if caption is None else next(encoded) for caption in raw.captions]
+                samples.append(EncodedSample(*moments[i], texts))
         return samples
+
+
+def _is_finite(sample: EncodedSample) -> bool:
+    tensors = [sample.latent_mean, sample.latent_logvar]
+    tensors += [tensor for text in sample.texts if text is not None for tensor in text_tensors(text).values()]
+    return all(bool(tensor.isfinite().all()) for tensor in tensors)
 
 
 def read_samples(
@@ -186,23 +207,16 @@ def _captions(places: dict[str, str], reader: ShardReader, shard: int, row: int)
     return captions
 
 
-def overlapped(
-    items: Iterator[Item], encoders: Encoders, chunk_size: int
-) -> Iterator[list[tuple[Item, EncodedSample | None]]]:
-    """The items with what the encoders made of them, in order, a chunk at a time.
+def overlapped(items: Iterator[Item], encoders: Encoders, chunk_size: int) -> Iterator[list[Outcome]]:
+    """What becomes of the items, in order, a chunk at a time.
 
     The encoders run in a thread of their own, a chunk ahead, so that what the caller does with a chunk (serialise,
     write) takes none of their time.
     """
-
-    def encode(chunk: list[Item]) -> list[tuple[Item, EncodedSample | None]]:
-        encoded = iter(encoders.encode([item for item in chunk if isinstance(item, Raw)]))
-        return [(item, next(encoded) if isinstance(item, Raw) else None) for item in chunk]
-
     with ThreadPoolExecutor(1) as thread:
-        ahead: Future[list[tuple[Item, EncodedSample | None]]] | None = None
+        ahead: Future[list[Outcome]] | None = None
         while chunk := list(islice(items, chunk_size)):
-            following = thread.submit(encode, chunk)
+            following = thread.submit(encoders.encode, chunk)
             if ahead is not None:
                 yield ahead.result()
             ahead = following

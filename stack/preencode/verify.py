@@ -16,11 +16,11 @@ from torch import Tensor
 from stack.config import UserError
 from stack.data.remote import ShardCache
 from stack.data.safety import Rejected
-from stack.data.schema import DTYPES, EncodedSample, load_manifest, sample_to_bytes
+from stack.data.schema import DTYPES, load_manifest, sample_to_bytes
 from stack.data.shards import ShardReader, ShardSet, index_shards
 from stack.log import progress
 from stack.preencode.job import PreencodeConfig, encoder_fingerprints, mark_of, read_stats
-from stack.preencode.pipeline import Encoders, Item, compute_dtype, read_samples
+from stack.preencode.pipeline import Encoders, Item, Outcome, compute_dtype, read_samples
 from stack.preencode.writer import stats_path
 
 _TOKENS = ("t5", "clip_l", "clip_g")  # of which each row is one token
@@ -81,10 +81,10 @@ def verify(config: PreencodeConfig, count: int) -> Verified:
     encoders, reader, result = Encoders(config), ShardReader(stored.indices), Verified(count)
     items = _encode_again(config, encoders, source, ShardReader(source.indices, cache), stored, chosen)
     with progress("verify", count, "sample") as advance:
-        for shard, row, item, sample in items:
+        for shard, row, outcome in items:
             index = stored.indices[shard]
             members = {extension: reader.read(shard, row, extension) for extension in ("safetensors", "json")}
-            failure = _compare(config, members, item, sample, noise, result.tensors)
+            failure = _compare(config, members, outcome, noise, result.tensors)
             if failure:
                 result.failures.append(f"{index.name}: {index.key(row)}: {failure}")
             advance(1, f"{len(result.failures):,} differ")
@@ -111,8 +111,8 @@ def _encode_again(
     reader: ShardReader,
     stored: ShardSet,
     chosen: list[int],
-) -> Iterator[tuple[int, int, Item, EncodedSample | None]]:
-    """(shard, row, what the source has, what the encoders make of it) of each stored sample."""
+) -> Iterator[tuple[int, int, Outcome]]:
+    """(shard, row, what becomes of the source's sample now) of each stored sample."""
     shards = {index.name: number for number, index in enumerate(source.indices)}
     places: dict[int, list[int]] = defaultdict(list)
     for sample in chosen:
@@ -131,22 +131,21 @@ def _encode_again(
 
     waiting = items()
     while chunk := list(islice(waiting, config.batch_size)):
-        encoded = iter(encoders.encode([item for _, _, item in chunk if not isinstance(item, Rejected)]))
-        for shard, row, item in chunk:
-            yield shard, row, item, None if isinstance(item, Rejected) else next(encoded)
+        outcomes = encoders.encode([item for _, _, item in chunk])
+        yield from ((shard, row, outcome) for (shard, row, _), outcome in zip(chunk, outcomes, strict=True))
 
 
 def _compare(
     config: PreencodeConfig,
     members: dict[str, bytes],
-    item: Item,
-    sample: EncodedSample | None,
+    outcome: Outcome,
     noise: float,
     tensors: dict[str, Agreement],
 ) -> str:
     """Counts one sample in `tensors`; why it differs by more than rounding explains, or ""."""
-    if isinstance(item, Rejected) or sample is None:
-        return f"stored, but cannot be encoded now: {item.reason if isinstance(item, Rejected) else 'CLIPs disagree'}"
+    if isinstance(outcome, Rejected):
+        return f"stored, but cannot be encoded now: {outcome.reason}"
+    item, sample = outcome
     try:
         stored = load(members["safetensors"])
         facts = json.loads(members["json"])

@@ -19,7 +19,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from safetensors.torch import load
+from safetensors.torch import load, save
 
 from autoencoders.codec import Codec
 from stack.data.buckets import BucketConfig
@@ -227,3 +227,27 @@ def test_buckets_that_contradict_themselves_are_refused(stage, mmdit):
     done = mmdit("preencode", stage.folder / "preencode.yaml", *settings)
     assert done.returncode == 2
     assert "buckets: table 'sdxl' has its own sides: leave out step and max_ratio" in done.stderr
+
+
+def test_what_is_not_finite_is_left_out(stage, tmp_path, mmdit):
+    """A broken encoder must not write samples that every later stage stumbles over."""
+    codec = tmp_path / "codec"
+    shutil.copytree(stage.codec, codec)
+    (weights,) = codec.glob("*.safetensors")
+    tensors = load(weights.read_bytes())
+    tensors["quant_conv.bias"][0] = float("nan")
+    weights.write_bytes(save(tensors))
+    done = mmdit("preencode", configuration(stage, tmp_path / "out"), f"autoencoder={codec}")
+    assert done.returncode == 2
+    assert "encoded to values that are not finite" in done.stderr
+
+
+def test_the_mark_knows_all_that_decides_bytes(stage, tmp_path, mmdit):
+    config = configuration(stage, tmp_path / "out")
+    assert mmdit("preencode", config).returncode == 0
+    for changed in ("text.batch_size=1", "batch_size=7", "buckets.resolution=40", "t5_dtype=float8"):
+        done = mmdit("preencode", config, changed)
+        assert done.returncode == 2
+        assert "made from other sources, encoders or settings" in done.stderr
+    for free in ("decoders=1", "max_rejected=0.5"):
+        assert mmdit("preencode", config, free).returncode == 0
