@@ -376,7 +376,7 @@ def _measure(file: BinaryIO, group: dict[str, Member]) -> tuple[int, int, list[i
         raise DecodeError("no caption")
     if image.size > safety.MAX_IMAGE:
         raise DecodeError(f"image too large: {image.size:,} bytes")
-    content = read(group["txt"], length=safety.MAX_TEXT + 1)
+    content = read(group["txt"], length=safety.MAX_CAPTION + 1)
     caption = safety.read_caption(content)
     # Through a window: Pillow reads no further than the header, and the pixels are most of a shard.
     width, height = image_size(io.BufferedReader(_Window(file, image, _most_of_header(read(image, length=12))), 2**14))

@@ -23,7 +23,9 @@ MAX_PIXELS = 64 * 2**20
 MAX_IMAGE = 64 * 2**20
 """Bytes of an image file, which is read whole."""
 MAX_TEXT = 2**20
-"""Bytes of a caption, or of a JSON member that is read."""
+"""Bytes of a JSON member that is read."""
+MAX_CAPTION = 2**16
+"""Bytes of a caption. Tokenizers take seconds for more, of which they keep a few hundred."""
 MAX_SAID = 300
 _IMAGE_FORMATS = ("JPEG", "PNG", "WEBP")
 
@@ -113,8 +115,8 @@ def open_image(data: bytes | IO[bytes]) -> Image.Image:
 
 def read_caption(data: bytes) -> str:
     """The caption in a .txt member, stripped. Raises DecodeError if it is empty, too large or not UTF-8."""
-    if len(data) > MAX_TEXT:
-        raise DecodeError(f"caption too large: more than {MAX_TEXT:,} bytes")
+    if len(data) > MAX_CAPTION:
+        raise DecodeError(f"caption too large: more than {MAX_CAPTION:,} bytes")
     try:
         caption = data.decode("utf-8").strip()
     except UnicodeDecodeError as error:

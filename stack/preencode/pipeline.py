@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -198,10 +197,9 @@ def _captions(places: dict[str, str], reader: ShardReader, shard: int, row: int)
             captions.append(read_caption(reader.read(shard, row, "txt")))
         else:
             value = fields.get(place[5:])
-            caption = value.strip() if isinstance(value, str) else ""
-            if re.search(r"[\ud800-\udfff]", caption):  # JSON may hold half a character
-                raise DecodeError(f"caption not UTF-8: {place}")
-            captions.append(caption or None)
+            # JSON may hold half a character, which is encoded here and refused there.
+            text = value.strip().encode("utf-8", "surrogatepass") if isinstance(value, str) else b""
+            captions.append(read_caption(text) if text else None)
     if captions[0] is None:
         raise DecodeError(f"no caption: {next(iter(places.values()))} is missing")
     return captions

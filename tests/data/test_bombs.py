@@ -300,6 +300,7 @@ def test_json_of_a_gigabyte_and_of_any_depth_costs_its_sample_and_no_memory(tmp_
         ("deeper", b'{"caption":' * 90_000, 90_000 * 11),
         ("wide", b"[" + b"{}," * 300_000 + b"{}]", 900_004),
         ("digits", b'{"caption": ' + b"9" * 10**6 + b"}", 10**6 + 13),
+        ("long", b'{"caption": "' + b"long " * 20_000 + b'"}', 100_015),
         ("half", b'{"caption": "\\ud800"}', 21),
     ]:
         members += [(name, content, len(content)) for name, content in sample(key, 1)[:2]]
@@ -311,6 +312,7 @@ def test_json_of_a_gigabyte_and_of_any_depth_costs_its_sample_and_no_memory(tmp_
         "deeper": "JSON not readable",
         "wide": "no caption",
         "digits": "JSON not readable",
+        "long": "caption too large",
         "half": "caption not UTF-8",
     }
     assert found["mb"][1] - found["mb"][0] < MOST_MB
