@@ -336,7 +336,7 @@ def test_the_commands_leave_bombs_out_and_go_on(mmdit, stage, tmp_path, pack, sa
     done = mmdit("preencode", stage.folder / "preencode.yaml", *options)
     assert done.returncode == 0, done.stderr
     assert listed(tmp_path / "out" / "rejected.jsonl").keys() == bombs
-    options = (f"run.dir={tmp_path}/run", f"data.source={tmp_path}/shards", "data.max_rejected=0.9", "schedule.steps=2")
+    options = (f"run.dir={tmp_path}/run", f"data.source={tmp_path}/shards", "data.max_rejected=0.9", "schedule.steps=1")
     done = mmdit("train", stage.folder / "autoencoder.yaml", *options)
     assert done.returncode == 0, done.stderr
     assert listed(tmp_path / "run" / "rejected.jsonl").keys() == bombs

@@ -165,7 +165,8 @@ def test_a_shard_without_the_last_caption_is_trained_on(mmdit, stage, tmp_path, 
     config.write_text(yaml.safe_dump({**values, **own}, sort_keys=False))
     done = mmdit("preencode", config)
     assert done.returncode == 0, done.stderr
-    config = stage.train_config("captions", run={"dir": str(tmp_path / "run")}, data={"path": str(tmp_path / "out")})
+    own = {"run": {"dir": str(tmp_path / "run")}, "data": {"path": str(tmp_path / "out")}}
+    config = stage.train_config("captions", **own, schedule={"steps": 1})
     done = mmdit("train", config)
     assert done.returncode == 0, done.stderr
 

@@ -223,6 +223,18 @@ def test_training_on_a_cut_pre_encoded_shard_says_what_to_do_at_each_step(copy, 
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_pre_encoded_shard_that_is_cut_while_it_is_trained_on_is_one_line(workers, copy):
+    """It is mapped into memory: what lies behind the end of the file would kill the process."""
+    data = LatentDataset(LatentData(path=str(copy), batch_size=1, validation_share=0, workers=workers), seed=0)
+    batches = data.loader(0, 1000, 0, 1, 1)
+    next(batches)
+    os.truncate(copy / "whole.tar", 4096)
+    with pytest.raises(UserError) as caught:
+        list(batches)
+    assert CHANGED.search(str(caught.value))
+
+
 # ---- flips
 
 
