@@ -352,7 +352,10 @@ class LatentDataset(ShardData):
         return self._of_code[at]
 
     def _batch(self, draws: Sequence[Draw]) -> LatentBatch:
-        places = [(*self.shards.locate(draw.sample_id), draw.caption) for draw in draws]
+        ids = np.array([draw.sample_id for draw in draws])
+        shards = np.searchsorted(self.shards.starts, ids, side="right") - 1
+        rows = (ids - self.shards.starts[shards]).tolist()
+        places = list(zip(shards.tolist(), rows, (draw.caption for draw in draws), strict=True))
         tensors = latents.read(self._reader, places)
         return LatentBatch(
             step=draws[0].step,

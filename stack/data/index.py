@@ -138,10 +138,14 @@ class ShardIndex:
         return [self.key(row) for row in range(len(self))]
 
     def key(self, row: int) -> str:
+        return self.key_bytes(row).decode("utf-8", "surrogateescape")
+
+    def key_bytes(self, row: int) -> bytes:
+        """The key as it stands in the tar."""
         if not 0 <= row < len(self):  # told by a column of a damaged file
             raise UserError(f"{self._source!s}: this index is damaged: remove it, and index the shard again")
-        start, stop = self._column("key.start")[row : row + 2]
-        return self._column("key.bytes")[start:stop].tobytes().decode("utf-8", "surrogateescape")
+        starts = self._column("key.start")
+        return self._column("key.bytes")[starts[row] : starts[row + 1]].tobytes()
 
     def has(self, row: int, extension: str) -> bool:
         return f"length.{extension}" in self._columns and bool(self._column(f"length.{extension}")[row] != _ABSENT)

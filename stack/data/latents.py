@@ -64,8 +64,8 @@ def read(reader: ShardReader, places: Sequence[tuple[int, int, int]]) -> dict[st
     for shard, row, caption in places:
         index, view = reader.indices[shard], reader.view(shard)
         offset, length = index.span(row, "safetensors")
-        member, name = view[offset : offset + length], f"{index.key(row)}.safetensors\0"
-        if name.isascii() and view[offset - HEADER_BYTES : offset - HEADER_BYTES + len(name)] != name.encode():
+        member, name = view[offset : offset + length], index.key_bytes(row) + b".safetensors\0"
+        if name.isascii() and view[offset - HEADER_BYTES : offset - HEADER_BYTES + len(name)] != name:
             raise reader.cut(shard)  # else it stands in an extended header
         header = bytes(member[: layout.header_bytes(member[:8])])
         try:
@@ -84,10 +84,10 @@ def read(reader: ShardReader, places: Sequence[tuple[int, int, int]]) -> dict[st
             row_bytes[:size] = member[slot.start : slot.stop]
             if size < len(row_bytes):
                 row_bytes[size:] = bytes(len(row_bytes) - size)
-    for name in ("t5", "clip_l", "clip_g"):
-        if name in tensors:
-            lengths = [part.slot.shape[0] for found in samples for part in found.parts if part.name == name]
-            tensors["t5_length" if name == "t5" else "clip_length"] = torch.tensor(lengths)
+    for encoder in ("t5", "clip_l", "clip_g"):
+        if encoder in tensors:
+            lengths = [part.slot.shape[0] for found in samples for part in found.parts if part.name == encoder]
+            tensors["t5_length" if encoder == "t5" else "clip_length"] = torch.tensor(lengths)
     return tensors
 
 
