@@ -11,6 +11,8 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from multiprocessing.process import BaseProcess
+from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import Any, Literal
 
@@ -108,6 +110,12 @@ def _leave_signals_to_the_rank(worker: int) -> None:
     """A cluster signals every process of a step; a worker that died of it would take the agreed save with it."""
     for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+
+
+def _kill(workers: Sequence[BaseProcess]) -> None:
+    """At exit multiprocessing sends SIGTERM, which these leave to the rank, and waits for ever."""
+    for worker in workers:
+        worker.kill()
 
 
 class _Table:
@@ -241,7 +249,10 @@ class ShardData(Dataset):
             num_workers=self.config.workers,
             worker_init_fn=_leave_signals_to_the_rank,
         )
-        return map(_raise_mistake, batches)
+        iterator = iter(batches)
+        if self.config.workers:
+            Finalize(iterator, _kill, (iterator._workers,), exitpriority=0)  # type: ignore[attr-defined]
+        return map(_raise_mistake, iterator)
 
     def _fetch_ahead(self, sampler: StepSampler) -> None:
         """Bring the shards of the window behind the sampler's into the node's cache while that one is trained on."""
