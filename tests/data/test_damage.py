@@ -7,6 +7,8 @@ import json
 import os
 import random
 import re
+import subprocess
+import sys
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,6 +30,7 @@ from stack.data.shards import ShardReader, index_shards
 
 CHANGED = re.compile(r"whole\.tar: the shard changed since it was indexed .*: mmdit data index \S+$")
 ANOTHER = re.compile(r"whole\.tar: .* manifest\.json says .*: restore the shard, or encode again into a new folder$")
+ROOT = Path(__file__).parents[2]
 KEYS = ["one", "two", "three", "four"]
 
 
@@ -223,16 +226,26 @@ def test_training_on_a_cut_pre_encoded_shard_says_what_to_do_at_each_step(copy, 
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_pre_encoded_shard_that_is_cut_while_it_is_trained_on_is_one_line(workers, copy):
+def test_a_pre_encoded_shard_that_is_cut_while_it_is_trained_on_is_one_line(copy):
     """It is mapped into memory: what lies behind the end of the file would kill the process."""
-    data = LatentDataset(LatentData(path=str(copy), batch_size=1, validation_share=0, workers=workers), seed=0)
-    batches = data.loader(0, 1000, 0, 1, 1)
+    batches = latent_data(copy).loader(0, 1000, 0, 1, 1)
     next(batches)
     os.truncate(copy / "whole.tar", 4096)
-    with pytest.raises(UserError) as caught:
-        list(batches)
-    assert CHANGED.search(str(caught.value))
+    with pytest.raises(UserError, match="the shard changed since it was indexed"):
+        next(batches)
+
+
+def test_a_process_that_ends_by_an_error_does_not_wait_for_its_loaders(encoded):
+    """They leave SIGTERM to the rank, and by SIGTERM multiprocessing ends what an error left running."""
+    code = f"""
+from stack.data.dataset import LatentData, LatentDataset
+data = LatentDataset(LatentData(path={str(encoded)!r}, batch_size=1, validation_share=0, workers=1), seed=0)
+batches = data.loader(0, 1000, 0, 1, 1)
+next(batches)
+raise RuntimeError("the end")
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr.strip().splitlines()[-1]) == (1, "RuntimeError: the end")
 
 
 # ---- flips
