@@ -242,17 +242,27 @@ class ShardData(Dataset):
         sampler = StepSampler(self.plan, start, stop, rank, world, micro_batches)
         if any(is_remote(index.url) for index in self.shards.indices) and dist.local_rank() == 0:
             threading.Thread(target=self._fetch_ahead, args=(sampler,), daemon=True).start()
-        batches = DataLoader(
-            self,
-            batch_sampler=sampler,
-            collate_fn=_as_it_is,
-            num_workers=self.config.workers,
-            worker_init_fn=_leave_signals_to_the_rank,
+        return self._batches(sampler)
+
+    def _batches(self, sampler: StepSampler) -> Iterator[Any]:
+        batches = iter(
+            DataLoader(
+                self,
+                batch_sampler=sampler,
+                collate_fn=_as_it_is,
+                num_workers=self.config.workers,
+                worker_init_fn=_leave_signals_to_the_rank,
+            )
         )
-        iterator = iter(batches)
-        if self.config.workers:
-            Finalize(iterator, _kill, (iterator._workers,), exitpriority=0)  # type: ignore[attr-defined]
-        return map(_raise_mistake, iterator)
+        if self.config.workers:  # where an error outside leaves this iteration open
+            Finalize(batches, _kill, (batches._workers,), exitpriority=0)  # type: ignore[attr-defined]
+        try:
+            for batch in batches:
+                if isinstance(batch, Exception):
+                    raise batch
+                yield batch
+        finally:
+            del batches  # ends its processes, which no signal would: Python waits for them when it exits
 
     def _fetch_ahead(self, sampler: StepSampler) -> None:
         """Bring the shards of the window behind the sampler's into the node's cache while that one is trained on."""
@@ -285,13 +295,6 @@ class ShardData(Dataset):
                 stop += 1
             yield self._batch([Draw(0, at, self._validation[at], 0) for at in range(start, stop)])
             start = stop
-
-
-def _raise_mistake(batch: Any) -> Any:
-    """Errors of a worker are raised here: torch would put its traceback into their text."""
-    if isinstance(batch, Exception):
-        raise batch
-    return batch
 
 
 def _as_it_is(batch: Any) -> Any:
