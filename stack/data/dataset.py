@@ -8,7 +8,6 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing.process import BaseProcess
@@ -30,7 +29,7 @@ from stack.data.images import decode_image, to_bucket
 from stack.data.index import ShardIndex
 from stack.data.plan import WINDOW, BatchPlan, Draw, Rows, StepSampler
 from stack.data.remote import CacheConfig, ShardCache, Stat, is_remote
-from stack.data.safety import DecodeError, Rejected, RejectLog
+from stack.data.safety import DecodeError, Rejected, RejectLog, check_budget
 from stack.data.schema import load_manifest
 from stack.data.shards import ShardReader, ShardSet, index_shards
 from stack.log import say
@@ -254,15 +253,12 @@ class ShardData(Dataset):
                 worker_init_fn=_leave_signals_to_the_rank,
             )
         )
-        if self.config.workers:  # where an error outside leaves this iteration open
+        if self.config.workers:
             Finalize(batches, _kill, (batches._workers,), exitpriority=0)  # type: ignore[attr-defined]
-        try:
-            for batch in batches:
-                if isinstance(batch, Exception):
-                    raise batch
-                yield batch
-        finally:
-            del batches  # ends its processes, which no signal would: Python waits for them when it exits
+        for batch in batches:
+            if isinstance(batch, Exception):
+                raise batch
+            yield batch
 
     def _fetch_ahead(self, sampler: StepSampler) -> None:
         """Bring the shards of the window behind the sampler's into the node's cache while that one is trained on."""
@@ -306,17 +302,6 @@ def say_damage(indices: Sequence[ShardIndex]) -> None:
     for index in indices:
         if index.damage:
             say(f"{redact(index.url)}: shard {index.damage}: {len(index):,} samples of it are used")
-
-
-def check_budget(broken: Sequence[Rejected], total: int, most: float) -> None:
-    """UserError where more than a share of `most` of `total` samples is broken."""
-    if len(broken) > most * total:
-        kinds = Counter(rejected.reason.partition(":")[0] for rejected in broken).most_common(3)
-        named = ", ".join(f"{count:,} × {kind}" for kind, count in kinds)
-        raise UserError(
-            f"data: {len(broken):,} of {total:,} samples are broken ({named}), more than max_rejected = {most:g}: "
-            "look at them with `mmdit data lint`, mend the shards or raise max_rejected"
-        )
 
 
 def weights_of(mixture: Mixture) -> Mapping[str, float | None]:

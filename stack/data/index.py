@@ -27,14 +27,13 @@ from stack.config import UserError
 from stack.data import layout, mlperf, safety
 from stack.data.images import image_size
 from stack.data.safety import DecodeError, Rejected
-from stack.data.tar import FILE, FOLDER, Member, read_headers
+from stack.data.tar import FILE, FOLDER, HEADER_BYTES, Member, read_headers
 from stack.files import publish
 from stack.shown import redact
 
 SUFFIX = ".index.safetensors"
 _FORMAT = 3  # of the saved index: raised when its meaning changes
 _MAX_SIZES = 256  # distinct sizes that are counted in the header; photographs have too many
-_BLOCK = 512  # bytes of a tar's block: members begin at multiples of it
 _ABSENT = 2**32 - 1  # length of a member that a sample lacks
 _MAX_MEMBER = 2**32 - 2
 _MAX_IMAGE_HEADER = 2**23  # bytes before the pixels, or beside what they take without compression
@@ -88,7 +87,6 @@ class ShardIndex:
             self.sha256, self.damage = str(facts["sha256"]), str(facts["damage"])
             sizes = facts["sizes"]
             self.sizes = None if sizes is None else {(int(w), int(h)): int(count) for w, h, count in sizes}
-            self.num_captions = self._columns["caption_length"][1][1]
         except (KeyError, TypeError, IndexError, AttributeError, ValueError, RecursionError) as error:
             where = redact(url) if isinstance(source, bytes) else source
             raise ValueError(f"{where}: not a shard index: {error}") from None
@@ -155,7 +153,7 @@ class ShardIndex:
         if not self.has(row, extension):
             raise KeyError(f"{redact(self.url)}: sample {self.key(row)!r} has no .{extension}")
         offset, length = self._column(f"offset.{extension}"), self._column(f"length.{extension}")
-        return int(offset[row]) * _BLOCK, int(length[row])
+        return int(offset[row]) * HEADER_BYTES, int(length[row])
 
     def lengths(self, extension: str) -> np.ndarray:
         """Bytes of this member in each sample that has it; uint32."""
@@ -294,7 +292,7 @@ def _serialize(
     }
     for extension in sorted(_READ & {extension for group in groups.values() for extension in group}):
         members = [group.get(extension) for group in groups.values()]
-        columns[f"offset.{extension}"] = np.array([m.offset // _BLOCK if m else 0 for m in members], np.uint32)
+        columns[f"offset.{extension}"] = np.array([m.offset // HEADER_BYTES if m else 0 for m in members], np.uint32)
         columns[f"length.{extension}"] = np.array([m.size if m else _ABSENT for m in members], np.uint32)
     rejected = [[safety.cut(key), safety.cut(reason)] for key, reason in facts.pop("rejected")]
     columns["rejected"] = np.frombuffer(json.dumps(rejected).encode() if rejected else b"", np.uint8)

@@ -66,7 +66,7 @@ def read(reader: ShardReader, places: Sequence[tuple[int, int, int]]) -> dict[st
         offset, length = index.span(row, "safetensors")
         member, name = view[offset : offset + length], index.key_bytes(row) + b".safetensors\0"
         if name.isascii() and view[offset - HEADER_BYTES : offset - HEADER_BYTES + len(name)] != name:
-            raise reader.cut(shard)  # else it stands in an extended header
+            raise reader.cut(shard)  # a name that is not ASCII stands in an extended header
         header = bytes(member[: layout.header_bytes(member[:8])])
         try:
             found = (_find_known if len(header) <= layout.HEAD_BYTES else _find)(header, caption)

@@ -9,6 +9,8 @@ from __future__ import annotations
 import io
 import json
 import re
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -49,6 +51,17 @@ def cut(text: str) -> str:
 def entry(shard: str, key: str, reason: str) -> dict[str, str]:
     """A line of rejected.jsonl."""
     return {"shard": shard, "key": cut(key), "reason": cut(reason)}
+
+
+def check_budget(broken: Sequence[Rejected], total: int, most: float) -> None:
+    """UserError where more than a share of `most` of `total` samples is broken."""
+    if len(broken) > most * total:
+        kinds = Counter(rejected.reason.partition(":")[0] for rejected in broken).most_common(3)
+        named = ", ".join(f"{count:,} × {kind}" for kind, count in kinds)
+        raise UserError(
+            f"data: {len(broken):,} of {total:,} samples are broken ({named}), more than max_rejected = {most:g}: "
+            "look at them with `mmdit data lint`, mend the shards or raise max_rejected"
+        )
 
 
 class RejectLog:

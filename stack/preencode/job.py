@@ -24,9 +24,9 @@ from stack import config as configuration
 from stack.config import Config, UserError
 from stack.data import mlperf
 from stack.data.buckets import BucketConfig, histogram
-from stack.data.dataset import check_budget, say_damage
+from stack.data.dataset import say_damage
 from stack.data.remote import CacheConfig, ShardCache, is_remote
-from stack.data.safety import Rejected, entry
+from stack.data.safety import Rejected, check_budget, entry
 from stack.data.schema import DTYPES, MANIFEST, Manifest, ShardRecord, T5Dtype, load_manifest, text_tensors, to_bytes
 from stack.data.shards import ShardReader, ShardSet, index_shards, unique_names
 from stack.files import publish
@@ -115,6 +115,11 @@ def _work(config: PreencodeConfig, source: ShardSet, reader: ShardReader, target
     """Encode shards that nobody has in hand until all are finished, taking over those of workers that died."""
     known = {number: stats for number, target in enumerate(targets) if (stats := _stats(target, mark)) is not None}
     _check_budget(config, source, known)
+    total = source.num_samples + sum(len(index.rejected) for index in source.indices)
+    num_broken = sum(
+        len(_broken(known[number]["rejected"])) if number in known else len(index.rejected)
+        for number, index in enumerate(source.indices)
+    )
     encoders = Encoders(config)
     if any(mlperf.EXTENSIONS[0] in index.extensions for index in source.indices):
         _check_form(config, source, encoders)
@@ -135,7 +140,9 @@ def _work(config: PreencodeConfig, source: ShardSet, reader: ShardReader, target
                     if mine and (stats := _stats(target, mark)) is not None:
                         known[number] = stats
                         del left[number]
-                        _check_budget(config, source, known)
+                        num_broken += len(_broken(stats["rejected"])) - len(source.indices[number].rejected)
+                        if num_broken > config.max_rejected * total:  # all shards are walked through once, to say so
+                            _check_budget(config, source, known)
             if left and len(left) == before:
                 if not waiting_said:
                     others = ", ".join(owners(config.out / ".claims"))
@@ -153,13 +160,18 @@ def _check_budget(config: PreencodeConfig, source: ShardSet, known: dict[int, di
     for number, index in enumerate(source.indices):
         of_index = [entry(index.name, *rejected) for rejected in index.rejected]
         listed += known[number]["rejected"] if number in known else of_index
-    broken = [Rejected(e["key"], e["reason"]) for e in listed if not e["reason"].startswith(_NOT_BROKEN)]
+    broken = _broken(listed)
     total = source.num_samples + sum(len(index.rejected) for index in source.indices)
     try:
         check_budget(broken, total, config.max_rejected)
     except UserError as error:
         _write_rejected(config, listed)
         raise UserError(f"{error}; {config.out / 'rejected.jsonl'} lists them") from None
+
+
+def _broken(listed: list[dict[str, str]]) -> list[Rejected]:
+    """Of the samples that were left out, those that are broken."""
+    return [Rejected(e["key"], e["reason"]) for e in listed if not e["reason"].startswith(_NOT_BROKEN)]
 
 
 def _write_rejected(config: PreencodeConfig, listed: list[dict[str, str]]) -> None:

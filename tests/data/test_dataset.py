@@ -7,6 +7,9 @@ import json
 import shutil
 import tarfile
 import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -231,15 +234,42 @@ def test_mlperf_shards_are_a_source(stage, tmp_path, mmdit, monkeypatch):
             assert torch.equal(tensors[name], truth[key][source]), name
 
 
-def test_training_data_over_http(stage, tmp_path):
-    handler = partial(SimpleHTTPRequestHandler, directory=str(stage.encoded))
-    handler.func.log_message = lambda *_: None  # type: ignore[method-assign]
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+class Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, format: str, *arguments: object) -> None:
+        pass
+
+
+@contextmanager
+def served(folder: Path) -> Iterator[str]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(folder))) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        url = f"http://127.0.0.1:{server.server_port}"
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_the_next_windows_shards_are_fetched_ahead(stage, tmp_path):
+    with served(stage.encoded) as url:
+        data = dataset(url, cache=CacheConfig(dir=tmp_path / "cache"), window=40, validation_share=0)
+        batch = data.loader(0, 12, 0, 1, 1)
+        read = {data.shards.locate(int(id))[0] for id in data.plan.batch(0).id}
+        ahead = {shard for _, shard in data.plan.shards_of(data.plan.window_of(0) + 1)}
+        assert ahead - read
+        next(iter(batch))
+        deadline = time.monotonic() + 20
+        while not ahead <= fetched(tmp_path / "cache", data) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert ahead <= fetched(tmp_path / "cache", data)
+
+
+def fetched(cache: Path, data: LatentDataset) -> set[int]:
+    names = {path.name.partition("-")[2] for path in cache.glob("[!.]*.tar")}
+    return {shard for shard, index in enumerate(data.shards.indices) if index.name in names}
+
+
+def test_training_data_over_http(stage, tmp_path):
+    with served(stage.encoded) as url:
         cache = CacheConfig(dir=tmp_path / "cache", max_gb=0.001)
         remote = batches(dataset(url, cache=cache), 12)
-        server.shutdown()
     for one, other in zip(batches(dataset(stage.encoded), 12), remote, strict=True):
         assert one.keys == other.keys
         assert torch.equal(one.mean_BCHW, other.mean_BCHW)
