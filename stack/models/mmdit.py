@@ -1,25 +1,27 @@
-"""MM-DiT: "Scaling Rectified Flow Transformers for High-Resolution Image Synthesis" (SD3, arXiv 2403.03206), §4.
+"""MM-DiT: "Scaling Rectified Flow Transformers for High-Resolution Image Synthesis" (SD3, arXiv 2403.03206), §4, and
+the single-stream blocks and rotary positions of FLUX.1.
 
 Text and image tokens each have weights of their own and meet in attention; the timestep and the pooled text modulate
-both. img, txt and vec are the three streams of numbers.
+both. img, txt and vec are the three streams of numbers; `stack.nn.layout` says how text tokens lie in memory.
 
-B batch · C channels · H W height, width · N image tokens · L text tokens · S = L+N all tokens · D width · A heads ·
-E head size
+B batch · C channels · H W height, width · N image tokens · L text tokens of each sample, T of all · D width ·
+A heads · E head size
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
-from pydantic import PositiveFloat, PositiveInt, model_validator
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from stack.config import Config
 from stack.models import presets
-from stack.nn.attention import attend
+from stack.nn.attention import Backend, attend, choose
 from stack.nn.embed import (
     Embedder,
     patchify,
@@ -28,10 +30,13 @@ from stack.nn.embed import (
     timestep_embedding,
     unpatchify,
 )
+from stack.nn.kernels.gated_residual import gated_residual
+from stack.nn.kernels.modulated_norm import modulated_norm
+from stack.nn.layout import Layout
 from stack.nn.linear import Linear
-from stack.nn.modulation import AdaLN, Modulation, ShiftScaleGate, modulate
-from stack.nn.norms import RMSNorm, layer_norm
-from stack.nn.rope import Rotation, axial_ids, rotate, rotation
+from stack.nn.modulation import Modulation, triples
+from stack.nn.norms import RMSNorm
+from stack.nn.rope import Rotation, grid_ids, rotate, rotation
 
 TIMESTEP_SIZE = 256
 
@@ -41,6 +46,9 @@ class MMDiTConfig(Config):
 
     preset: str | None = None
     depth: PositiveInt
+    """Double-stream blocks: text and image have weights of their own (SD3)."""
+    single_depth: NonNegativeInt = 0
+    """Single-stream blocks after them: text and image share their weights (FLUX)."""
     width: PositiveInt
     num_heads: PositiveInt
     patch_size: PositiveInt = 2
@@ -49,9 +57,15 @@ class MMDiTConfig(Config):
     pooled_dim: PositiveInt = 2048
     mlp_ratio: PositiveInt = 4
     qk_norm: bool = False
-    positions: Literal["sincos", "rope"] = "sincos"
+    image_attention: NonNegativeInt = 0
+    """First blocks in which image tokens also attend among themselves (SD3.5-medium: 13)."""
+    guidance_embedding: bool = False
+    """Whether the guidance scale is an input, as of a model distilled from a guided one (FLUX.1-dev)."""
+    rope_axes: tuple[PositiveInt, ...] = ()
+    """Rotary positions: channels of a head for each axis, the last two of which are row and column (FLUX). Without
+    them, positions are added from a sin-cos table (SD3)."""
     position_table_size: PositiveInt = 192
-    """Largest side of an image, in patches (sin-cos only)."""
+    """Largest side of an image, in patches, that the table holds."""
     position_base_size: PositiveFloat = 64
     """What the table's side measures in coordinates, see `table_coordinates`."""
     position_origin: float = 0.0
@@ -71,10 +85,15 @@ class MMDiTConfig(Config):
     def _check_sizes(self) -> MMDiTConfig:
         if self.width % self.num_heads:
             raise ValueError(f"width {self.width} is not divisible by num_heads {self.num_heads}")
-        if self.positions == "sincos" and self.width % 4:
-            raise ValueError(f"sincos positions need a width divisible by 4, got {self.width}")
-        if self.positions == "rope" and self.head_size % 4:
-            raise ValueError(f"rope needs heads of a size divisible by 4, got {self.head_size}")
+        if not self.rope_axes and self.width % 4:
+            raise ValueError(f"sin-cos positions need a width divisible by 4, got {self.width}")
+        axes = self.rope_axes
+        if axes and (len(axes) < 2 or sum(axes) != self.head_size or any(axis % 2 for axis in axes)):
+            raise ValueError(
+                f"rope_axes must be two or more even numbers that add up to the head's {self.head_size}, got {axes}"
+            )
+        if self.image_attention > self.depth:
+            raise ValueError(f"image_attention is {self.image_attention}, the depth {self.depth}")
         return self
 
     @property
@@ -83,111 +102,154 @@ class MMDiTConfig(Config):
 
 
 class QKV(NamedTuple):
-    """Queries, keys and values, [B, A, tokens, E] each."""
+    """Queries, keys and values, [B, tokens, A, E] each."""
 
     q: Tensor
     k: Tensor
     v: Tensor
 
 
+class Heads(nn.Module):
+    """Splits a projection into heads; QK-RMSNorm and rotary positions where the model has them."""
+
+    def __init__(self, config: MMDiTConfig) -> None:
+        super().__init__()
+        self.head_size = config.head_size
+        self.norm_q = RMSNorm(config.head_size) if config.qk_norm else None
+        self.norm_k = RMSNorm(config.head_size) if config.qk_norm else None
+
+    def forward(self, qkv_BND: Tensor, rotation: Rotation | None) -> QKV:
+        q, k, v = qkv_BND.unflatten(-1, (3, -1, self.head_size)).unbind(-3)
+        if self.norm_q is not None and self.norm_k is not None:
+            return QKV(self.norm_q(q, rotation), self.norm_k(k, rotation), v)
+        return QKV(q, k, v) if rotation is None else QKV(rotate(q, rotation), rotate(k, rotation), v)
+
+
 class Projection(nn.Module):
-    """Tokens → normalised, modulated → queries, keys and values of each head; QK-RMSNorm if asked."""
+    """Tokens → queries, keys and values of each head."""
 
     def __init__(self, config: MMDiTConfig) -> None:
         super().__init__()
-        self.num_heads = config.num_heads
         self.linear = Linear(config.width, 3 * config.width)
-        self.norm_q = RMSNorm(config.head_size) if config.qk_norm else nn.Identity()
-        self.norm_k = RMSNorm(config.head_size) if config.qk_norm else nn.Identity()
+        self.heads = Heads(config)
 
-    def forward(self, x_BND: Tensor, shift_B1D: Tensor, scale_B1D: Tensor) -> QKV:
-        fused = self.linear(modulate(layer_norm(x_BND), shift_B1D, scale_B1D))
-        q, k, v = rearrange(fused, "B N (K A E) -> K B A N E", K=3, A=self.num_heads)
-        return QKV(self.norm_q(q), self.norm_k(k), v)
+    def forward(self, x_BND: Tensor, rotation: Rotation | None) -> QKV:
+        return self.heads(self.linear(x_BND), rotation)
 
 
-class Source(nn.Module):
-    """The text half of the last block: it feeds attention and is not read again."""
+class ImageAttention(nn.Module):
+    """Attention of image tokens among themselves (SD3.5-medium)."""
 
     def __init__(self, config: MMDiTConfig) -> None:
         super().__init__()
-        self.modulation = AdaLN(config.width)
         self.qkv = Projection(config)
+        self.out = Linear(config.width, config.width)
+
+    def forward(self, x_BND: Tensor, layout: Layout, rotation: Rotation | None) -> Tensor:
+        q, k, v = self.qkv(x_BND, rotation)
+        return self.out(attend(q, k, v, layout.image()).flatten(-2))
 
 
 class Stream(nn.Module):
-    """One half of a joint block, of image or of text: all of its weights."""
+    """One half of a double-stream block, of image or of text."""
 
-    def __init__(self, config: MMDiTConfig) -> None:
+    def __init__(self, config: MMDiTConfig, image_attention: bool = False) -> None:
         super().__init__()
-        hidden = config.mlp_ratio * config.width
-        self.modulation = Modulation(config.width)
+        width, hidden = config.width, config.mlp_ratio * config.width
+        self.modulation = Modulation(width, 9 if image_attention else 6)
         self.qkv = Projection(config)
-        self.out = Linear(config.width, config.width)
-        self.mlp = nn.Sequential(
-            Linear(config.width, hidden), nn.GELU(approximate="tanh"), Linear(hidden, config.width)
-        )
+        self.out = Linear(width, width)
+        self.image_attention = ImageAttention(config) if image_attention else None
+        self.mlp = nn.Sequential(Linear(width, hidden), nn.GELU("tanh"), Linear(hidden, width))
 
-    def update(self, x_BND: Tensor, attended_BND: Tensor, attn: ShiftScaleGate, mlp: ShiftScaleGate) -> Tensor:
-        x_BND = x_BND + attn.gate_B1D * self.out(attended_BND)
-        return x_BND + mlp.gate_B1D * self.mlp(modulate(layer_norm(x_BND), mlp.shift_B1D, mlp.scale_B1D))
+    def project(self, x_BND: Tensor, vectors: Tensor, rotation: Rotation | None) -> QKV:
+        attn, *_ = triples(vectors, x_BND.shape[-1])
+        return self.qkv(modulated_norm(x_BND, attn.shift, attn.scale), rotation)
 
-
-def joint_attention(txt: QKV, img: QKV, positions: Rotation | None, mask_BS: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Attention over text tokens followed by image tokens; the results for text [B, L, D] and image [B, N, D]."""
-    q, k, v = (torch.cat(pair, dim=2) for pair in zip(txt, img, strict=True))
-    if positions is not None:
-        q, k = rotate(q, positions), rotate(k, positions)
-    attended_BSD = rearrange(attend(q, k, v, mask_BS), "B A S E -> B S (A E)")
-    num_text, num_image = txt.q.shape[2], img.q.shape[2]
-    txt_BLD, img_BND = attended_BSD.split([num_text, num_image], dim=1)
-    return txt_BLD, img_BND
-
-
-class JointBlock(nn.Module):
-    """SD3, figure 2b."""
-
-    def __init__(self, config: MMDiTConfig) -> None:
-        super().__init__()
-        self.img = Stream(config)
-        self.txt = Stream(config)
-
-    def forward(
-        self, img_BND: Tensor, txt_BLD: Tensor, vec_BD: Tensor, positions: Rotation | None, mask_BS: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        img_attn, img_mlp = self.img.modulation(vec_BD)
-        txt_attn, txt_mlp = self.txt.modulation(vec_BD)
-        txt_attended_BLD, img_attended_BND = joint_attention(
-            self.txt.qkv(txt_BLD, txt_attn.shift_B1D, txt_attn.scale_B1D),
-            self.img.qkv(img_BND, img_attn.shift_B1D, img_attn.scale_B1D),
-            positions,
-            mask_BS,
-        )
-        return (
-            self.img.update(img_BND, img_attended_BND, img_attn, img_mlp),
-            self.txt.update(txt_BLD, txt_attended_BLD, txt_attn, txt_mlp),
-        )
-
-
-class LastJointBlock(nn.Module):
-    """The last block, whose text is only a source of keys and values."""
-
-    def __init__(self, config: MMDiTConfig) -> None:
-        super().__init__()
-        self.img = Stream(config)
-        self.txt = Source(config)
-
-    def forward(
-        self, img_BND: Tensor, txt_BLD: Tensor, vec_BD: Tensor, positions: Rotation | None, mask_BS: Tensor | None
+    def update(
+        self, x_BND: Tensor, attended_BND: Tensor, vectors: Tensor, layout: Layout, rotation: Rotation | None
     ) -> Tensor:
-        img_attn, img_mlp = self.img.modulation(vec_BD)
-        _, attended_BND = joint_attention(
-            self.txt.qkv(txt_BLD, *self.txt.modulation(vec_BD)),
-            self.img.qkv(img_BND, img_attn.shift_B1D, img_attn.scale_B1D),
-            positions,
-            mask_BS,
+        attn, mlp, *rest = triples(vectors, x_BND.shape[-1])
+        y_BND = gated_residual(x_BND, attn.gate, self.out(attended_BND))
+        if self.image_attention is not None:
+            (image,) = rest
+            among_BND = self.image_attention(modulated_norm(x_BND, image.shift, image.scale), layout, rotation)
+            y_BND = gated_residual(y_BND, image.gate, among_BND)
+        return gated_residual(y_BND, mlp.gate, self.mlp(modulated_norm(y_BND, mlp.shift, mlp.scale)))
+
+
+class LastText(nn.Module):
+    """The text half of the last block, where no single-stream block follows: attention uses it, nothing reads it."""
+
+    def __init__(self, config: MMDiTConfig) -> None:
+        super().__init__()
+        self.modulation = Modulation(config.width, 2)
+        self.qkv = Projection(config)
+
+    def project(self, x_BND: Tensor, vectors: Tensor, rotation: Rotation | None) -> QKV:
+        return self.qkv(modulated_norm(x_BND, *vectors.chunk(2, dim=-1)), rotation)
+
+    def update(self, x_BND: Tensor, *_: Any) -> Tensor:
+        return x_BND
+
+
+class Block(nn.Module):
+    """One of the network's blocks; `recompute` says what its backward pass computes again, see stack.models.compute."""
+
+    recompute: Callable[[], Any] | None = None
+
+    def forward(self, *args: Any) -> Any:
+        if self.recompute is None or not torch.is_grad_enabled():
+            return self.run(*args)
+        return checkpoint(self.run, *args, use_reentrant=False, context_fn=self.recompute, preserve_rng_state=False)
+
+    def run(self, *args: Any) -> Any:
+        raise NotImplementedError
+
+
+class DoubleBlock(Block):
+    """Text and image with weights of their own, joined in attention (SD3, figure 2b)."""
+
+    def __init__(self, config: MMDiTConfig, index: int) -> None:
+        super().__init__()
+        last = index == config.depth - 1 and config.single_depth == 0
+        self.img = Stream(config, image_attention=index < config.image_attention)
+        self.txt = LastText(config) if last else Stream(config)
+
+    def run(
+        self, img_BND: Tensor, txt_BLD: Tensor, vec_BD: Tensor, layout: Layout, rotation: Rotation | None
+    ) -> tuple[Tensor, Tensor]:
+        img_vectors = self.img.modulation(vec_BD)[:, None]
+        txt_vectors = layout.for_text(self.txt.modulation(vec_BD))
+        txt_qkv = self.txt.project(txt_BLD, txt_vectors, None)  # a text token's ids are 0: it is not turned
+        img_qkv = self.img.project(img_BND, img_vectors, rotation)
+        q, k, v = (layout.merge(txt, img) for txt, img in zip(txt_qkv, img_qkv, strict=True))
+        txt_attended, img_attended = layout.split(attend(q, k, v, layout).flatten(-2))
+        return (
+            self.img.update(img_BND, img_attended, img_vectors, layout, rotation),
+            self.txt.update(txt_BLD, txt_attended, txt_vectors, layout, None),
         )
-        return self.img.update(img_BND, attended_BND, img_attn, img_mlp)
+
+
+class SingleBlock(Block):
+    """Text and image in one stream; attention and MLP side by side, between one linear layer in and one out (FLUX)."""
+
+    def __init__(self, config: MMDiTConfig) -> None:
+        super().__init__()
+        width, hidden = config.width, config.mlp_ratio * config.width
+        self.sizes = (3 * width, hidden)
+        self.modulation = Modulation(width, 3)
+        self.inner = Linear(width, 3 * width + hidden)
+        self.heads = Heads(config)
+        self.outer = Linear(width + hidden, width)
+
+    def run(self, x_BSD: Tensor, vec_BD: Tensor, layout: Layout, rotation: Rotation | None) -> Tensor:
+        shift, scale, gate = layout.for_joint(self.modulation(vec_BD)).chunk(3, dim=-1)
+        qkv, hidden = self.inner(modulated_norm(x_BSD, shift, scale)).split(self.sizes, dim=-1)
+        q, k, v = self.heads(qkv, rotation)
+        attended = attend(q, k, v, layout).flatten(-2)
+        both = torch.cat([attended, F.gelu(hidden, approximate="tanh")], dim=-1)
+        return gated_residual(x_BSD, gate, self.outer(both))
 
 
 class FinalLayer(nn.Module):
@@ -195,16 +257,18 @@ class FinalLayer(nn.Module):
 
     def __init__(self, width: int, out_features: int) -> None:
         super().__init__()
-        self.modulation = AdaLN(width)
+        self.modulation = Modulation(width, 2)
         self.linear = Linear(width, out_features)
 
     def forward(self, img_BND: Tensor, vec_BD: Tensor) -> Tensor:
-        shift, scale = self.modulation(vec_BD)
-        return self.linear(modulate(layer_norm(img_BND), shift, scale))
+        shift, scale = self.modulation(vec_BD)[:, None].chunk(2, dim=-1)
+        return self.linear(modulated_norm(img_BND, shift, scale))
 
 
 class MMDiT(nn.Module):
     """Predicts the velocity ε − x_0 of rectified flow. Weights mean nothing until `init_weights` or a load."""
+
+    attention: Backend = "auto"
 
     def __init__(self, config: MMDiTConfig) -> None:
         super().__init__()
@@ -214,43 +278,60 @@ class MMDiT(nn.Module):
         self.txt_in = Linear(config.context_dim, config.width)
         self.time_in = Embedder(TIMESTEP_SIZE, config.width)
         self.pooled_in = Embedder(config.pooled_dim, config.width)
-        self.blocks = nn.ModuleList(JointBlock(config) for _ in range(config.depth - 1))
-        self.last_block = LastJointBlock(config)
+        self.guidance_in = Embedder(TIMESTEP_SIZE, config.width) if config.guidance_embedding else None
+        self.blocks = nn.ModuleList(DoubleBlock(config, index) for index in range(config.depth))
+        self.single_blocks = nn.ModuleList(SingleBlock(config) for _ in range(config.single_depth))
         self.final = FinalLayer(config.width, patch_features)
 
     def forward(
         self,
         latent_BCHW: Tensor,
         t_B: Tensor,
-        context_BLD: Tensor,
+        context_TD: Tensor,
+        lengths: Sequence[int],
         pooled_BD: Tensor,
-        context_mask_BL: Tensor | None = None,
+        guidance_B: Tensor | None = None,
     ) -> Tensor:
         """The velocity at time `t_B`, 0 (data) … 1 (noise), in the shape of the latent and the dtype of the weights.
 
-        `context_BLD` has `context_dim` channels and `pooled_BD` `pooled_dim`. `context_mask_BL` is True at real text
-        tokens; None means that all are. Raises ValueError when the latent's sides do not divide into patches or
-        exceed the position table.
+        `context_TD` holds the text tokens of all samples one after another, `lengths` says how many each has; it has
+        `context_dim` channels and `pooled_BD` `pooled_dim`. `guidance_B` is the scale that a model with a guidance
+        embedding stands for. Raises ValueError when the latent's sides do not divide into patches or exceed the
+        position table, and where the guidance is missing or has no place.
         """
-        config, dtype = self.config, self.img_in.weight.dtype
+        config, weight = self.config, self.img_in.weight
         height, width = self._grid(latent_BCHW)
+        backend = choose(self.attention, weight.device, weight.dtype, config.head_size, torch.is_grad_enabled())
+        layout = Layout.of(lengths, height * width, weight.device, backend)
 
-        img_BND = self.img_in(patchify(latent_BCHW.to(dtype), config.patch_size))
-        txt_BLD = self.txt_in(context_BLD.to(dtype))
-        vec_BD = self.time_in(timestep_embedding(t_B, TIMESTEP_SIZE).to(dtype)) + self.pooled_in(pooled_BD.to(dtype))
-
-        positions = None
-        if config.positions == "sincos":
-            img_BND = img_BND + self._position_table(height, width, img_BND.device).to(dtype)
+        img_BND = self.img_in(patchify(latent_BCHW.to(weight.dtype), config.patch_size))
+        txt_BLD = layout.text_rows(self.txt_in(context_TD.to(weight.dtype)), len(lengths))
+        vec_BD = F.silu(self._vector(t_B, pooled_BD, guidance_B))
+        rotation = None
+        if config.rope_axes:
+            rotation = self._rotation(height, width)
         else:
-            ids_SK = axial_ids(txt_BLD.shape[1], height, width, img_BND.device)
-            positions = rotation(ids_SK, (config.head_size // 2, config.head_size // 2))
-        mask_BS = None if context_mask_BL is None else F.pad(context_mask_BL, (0, img_BND.shape[1]), value=True)
+            img_BND = img_BND + self._position_table(height, width).to(weight.dtype)
 
         for block in self.blocks:
-            img_BND, txt_BLD = block(img_BND, txt_BLD, vec_BD, positions, mask_BS)
-        img_BND = self.last_block(img_BND, txt_BLD, vec_BD, positions, mask_BS)
+            img_BND, txt_BLD = block(img_BND, txt_BLD, vec_BD, layout, rotation)
+        if self.single_blocks:
+            x_BSD = layout.merge(txt_BLD, img_BND)
+            rotation = rotation and layout.joint_rotation(rotation, txt_BLD.shape[1], len(img_BND))
+            for block in self.single_blocks:
+                x_BSD = block(x_BSD, vec_BD, layout, rotation)
+            _, img_BND = layout.split(x_BSD)
         return unpatchify(self.final(img_BND, vec_BD), height, width, config.patch_size)
+
+    def _vector(self, t_B: Tensor, pooled_BD: Tensor, guidance_B: Tensor | None) -> Tensor:
+        dtype = self.img_in.weight.dtype
+        vec_BD = self.time_in(timestep_embedding(t_B, TIMESTEP_SIZE).to(dtype)) + self.pooled_in(pooled_BD.to(dtype))
+        if (guidance_B is None) != (self.guidance_in is None):
+            state = "needs" if guidance_B is None else "does not take"
+            raise ValueError(f"a model with guidance_embedding={self.config.guidance_embedding} {state} a guidance")
+        if self.guidance_in is None or guidance_B is None:
+            return vec_BD
+        return vec_BD + self.guidance_in(timestep_embedding(guidance_B, TIMESTEP_SIZE).to(dtype))
 
     def _grid(self, latent_BCHW: Tensor) -> tuple[int, int]:
         H, W = latent_BCHW.shape[-2:]
@@ -259,30 +340,42 @@ class MMDiT(nn.Module):
             raise ValueError(f"a latent of {H}×{W} does not divide into patches of {patch}×{patch}")
         return H // patch, W // patch
 
-    def _position_table(self, height: int, width: int, device: torch.device) -> Tensor:
+    def _position_table(self, height: int, width: int) -> Tensor:
         c = self.config
         rows, columns = (
-            table_coordinates(side, c.position_table_size, c.position_base_size, c.position_origin, device)
+            table_coordinates(
+                side, c.position_table_size, c.position_base_size, c.position_origin, self.img_in.weight.device
+            )
             for side in (height, width)
         )
         return sincos_positions(rows, columns, c.width)
 
+    def _rotation(self, height: int, width: int) -> Rotation:
+        axes, weight = self.config.rope_axes, self.img_in.weight
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        return rotation(grid_ids(height, width, len(axes), weight.device), axes).to(wide)
+
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
-        """DiT's initialisation (arXiv 2212.09748, §3.2), whatever the parameters held before.
+        """DiT's initialisation (arXiv 2212.09748, §3.2), whatever the parameters held before; of MLPerf's FLUX.1 too.
 
-        Xavier-uniform for linear layers, N(0, .02²) for the embedders of time and pooled text, zero for biases, for
-        all modulation and for the last layer: the network starts as velocity 0 and each block as the identity.
+        | parameters                                      | values        |
+        |-------------------------------------------------|---------------|
+        | biases, all modulation, the last layer          | 0             |
+        | QK-norm                                         | 1             |
+        | embedders of time, pooled text and guidance     | N(0, .02²)    |
+        | other linear layers                             | Xavier-uniform|
+
+        So the network starts as velocity 0 and each block as the identity.
         """
         generator = torch.Generator(self.img_in.weight.device).manual_seed(seed)
-        embedders = {*self.time_in.modules(), *self.pooled_in.modules()}
-        zero = {self.final.linear, *(m.linear for m in self.modules() if isinstance(m, AdaLN | Modulation))}
+        embedders = {layer for module in self.modules() if isinstance(module, Embedder) for layer in module.modules()}
         for module in self.modules():
             if isinstance(module, RMSNorm):
                 nn.init.ones_(module.weight)
             elif isinstance(module, Linear):
                 nn.init.zeros_(module.bias)
-                if module in zero:
+                if isinstance(module, Modulation) or module is self.final.linear:
                     nn.init.zeros_(module.weight)
                 elif module in embedders:
                     nn.init.normal_(module.weight, std=0.02, generator=generator)

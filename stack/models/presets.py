@@ -1,4 +1,5 @@
-"""Published models as rows of one table (SD3: arXiv 2403.03206, §5.3), and the demo's small ones."""
+"""Published models as rows of one table (SD3: arXiv 2403.03206, §5.3; SD3.5 and FLUX.1: the authors' code), and small
+ones for the demo and tests."""
 
 from __future__ import annotations
 
@@ -14,22 +15,28 @@ if TYPE_CHECKING:
     from stack.models.mmdit import MMDiTConfig
 
 # fmt: off
-COLUMNS = ("depth", "width", "num_heads", "patch_size", "in_channels", "context_dim", "pooled_dim", "qk_norm",
-           "position_table_size", "position_base_size")
+COLUMNS = ("depth", "single_depth", "width", "num_heads", "in_channels", "context_dim", "pooled_dim", "qk_norm",
+           "image_attention", "guidance_embedding", "position_table_size", "position_base_size", "rope_axes")
 ROWS: dict[str, tuple[Any, ...]] = {
-    #                 depth width heads patch ch context pooled qk-norm table base
-    "sd3-d15":        (15,   960,  15,    2,  16,  4096,  2048, False,   192,  64),
-    "sd3-d15-qknorm": (15,   960,  15,    2,  16,  4096,  2048, True,    192,  64),
-    "sd3-d18":        (18,  1152,  18,    2,  16,  4096,  2048, False,   192,  64),
-    "sd3-d18-qknorm": (18,  1152,  18,    2,  16,  4096,  2048, True,    192,  64),
-    "sd3-d24":        (24,  1536,  24,    2,  16,  4096,  2048, False,   192,  64),
-    "sd3-d24-qknorm": (24,  1536,  24,    2,  16,  4096,  2048, True,    192,  64),
-    "sd3-d30":        (30,  1920,  30,    2,  16,  4096,  2048, False,   192,  64),
-    "sd3-d30-qknorm": (30,  1920,  30,    2,  16,  4096,  2048, True,    192,  64),
-    "sd3-d38":        (38,  2432,  38,    2,  16,  4096,  2048, False,   192,  64),
-    "sd3-d38-qknorm": (38,  2432,  38,    2,  16,  4096,  2048, True,    192,  64),
-    "mmdit-demo":     ( 4,   192,   6,    2,   4,   128,   128, True,     16,  16),
-    "mmdit-test":     ( 2,    64,   2,    2,   4,    32,    32, True,     16,  16),
+    #                 double single width heads ch context pooled qk-norm img-attn guidance table base rope axes
+    "sd3-d15":        (   15,     0,   960,   15,  16,  4096,  2048, False,      0,    False,  192,  64, ()),
+    "sd3-d15-qknorm": (   15,     0,   960,   15,  16,  4096,  2048, True,       0,    False,  192,  64, ()),
+    "sd3-d18":        (   18,     0,  1152,   18,  16,  4096,  2048, False,      0,    False,  192,  64, ()),
+    "sd3-d18-qknorm": (   18,     0,  1152,   18,  16,  4096,  2048, True,       0,    False,  192,  64, ()),
+    "sd3-d24":        (   24,     0,  1536,   24,  16,  4096,  2048, False,      0,    False,  192,  64, ()),
+    "sd3-d24-qknorm": (   24,     0,  1536,   24,  16,  4096,  2048, True,       0,    False,  192,  64, ()),
+    "sd3-d30":        (   30,     0,  1920,   30,  16,  4096,  2048, False,      0,    False,  192,  64, ()),
+    "sd3-d30-qknorm": (   30,     0,  1920,   30,  16,  4096,  2048, True,       0,    False,  192,  64, ()),
+    "sd3-d38":        (   38,     0,  2432,   38,  16,  4096,  2048, False,      0,    False,  192,  64, ()),
+    "sd3-d38-qknorm": (   38,     0,  2432,   38,  16,  4096,  2048, True,       0,    False,  192,  64, ()),
+    "sd3-medium":     (   24,     0,  1536,   24,  16,  4096,  2048, False,      0,    False,  192,  64, ()),
+    "sd3.5-medium":   (   24,     0,  1536,   24,  16,  4096,  2048, True,      13,    False,  384,  64, ()),
+    "sd3.5-large":    (   38,     0,  2432,   38,  16,  4096,  2048, True,       0,    False,  192,  64, ()),
+    "flux-dev":       (   19,    38,  3072,   24,  16,  4096,   768, True,       0,    True,   192,  64, (16, 56, 56)),
+    "flux-schnell":   (   19,    38,  3072,   24,  16,  4096,   768, True,       0,    False,  192,  64, (16, 56, 56)),
+    "mmdit-demo":     (    4,     0,   192,    6,   4,   128,   128, True,       0,    False,   16,  16, ()),
+    "mmdit-test":     (    2,     0,    64,    2,   4,    32,    32, True,       0,    False,   16,  16, ()),
+    "flux-test":      (    2,     2,    64,    2,   4,    32,    32, True,       0,    False,   16,  16, (4, 14, 14)),
 }
 # fmt: on
 PRESETS = {name: dict(zip(COLUMNS, row, strict=True)) for name, row in ROWS.items()}
@@ -56,5 +63,5 @@ def parameter_counts(config: MMDiTConfig) -> tuple[int, int]:
 
     with torch.device("meta"):
         trained = sum(parameter.numel() for parameter in MMDiT(config).parameters())
-    table = config.position_table_size**2 * config.width if config.positions == "sincos" else 0
+    table = config.position_table_size**2 * config.width if not config.rope_axes else 0
     return trained, trained + table

@@ -1,52 +1,30 @@
 """Adaptive LayerNorm (DiT, arXiv 2212.09748, §3.2): a vector per sample scales, shifts and gates its tokens.
 
-B batch · N tokens · D width
+B batch · N tokens · D width; a vector is [B, 1, D], or [B, N, D] where tokens have their own
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from stack.nn.linear import Linear
 
 
-class ShiftScale(NamedTuple):
-    shift_B1D: Tensor
-    scale_B1D: Tensor
-
-
 class ShiftScaleGate(NamedTuple):
-    shift_B1D: Tensor
-    scale_B1D: Tensor
-    gate_B1D: Tensor
+    shift: Tensor
+    scale: Tensor
+    gate: Tensor
 
 
-class AdaLN(nn.Module):
-    """SiLU, then a linear layer D → 2·D: the modulation of tokens that no residual follows."""
+class Modulation(Linear):
+    """SiLU(vec) → `num_vectors` vectors side by side, [B, D] → [B, num_vectors·D]. The SiLU is the caller's, once."""
 
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.linear = Linear(width, 2 * width)
-
-    def forward(self, vec_BD: Tensor) -> ShiftScale:
-        return ShiftScale(*self.linear(F.silu(vec_BD))[:, None].chunk(2, dim=-1))
+    def __init__(self, width: int, num_vectors: int) -> None:
+        super().__init__(width, num_vectors * width)
 
 
-class Modulation(nn.Module):
-    """SiLU, then a linear layer D → 6·D: the modulation of attention and, after it, of the MLP."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.linear = Linear(width, 6 * width)
-
-    def forward(self, vec_BD: Tensor) -> tuple[ShiftScaleGate, ShiftScaleGate]:
-        vectors = self.linear(F.silu(vec_BD))[:, None].chunk(6, dim=-1)
-        return ShiftScaleGate(*vectors[:3]), ShiftScaleGate(*vectors[3:])
-
-
-def modulate(x_BND: Tensor, shift_B1D: Tensor, scale_B1D: Tensor) -> Tensor:
-    """x·(1 + scale) + shift."""
-    return x_BND * (1 + scale_B1D) + shift_B1D
+def triples(vectors: Tensor, width: int) -> list[ShiftScaleGate]:
+    """[…, 3·n·D] → n times shift, scale and gate."""
+    return [ShiftScaleGate(*triple.chunk(3, dim=-1)) for triple in vectors.split(3 * width, dim=-1)]

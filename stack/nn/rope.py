@@ -9,24 +9,30 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 THETA = 10_000.0
 
 
 class Rotation(NamedTuple):
-    """Cosine and sine of the angle of each pair of channels, [S, E/2]."""
+    """Cosine and sine of the angle of each pair of channels, [S, E/2] or [B, S, E/2]."""
 
     cos: Tensor
     sin: Tensor
 
+    def to(self, dtype: torch.dtype) -> Rotation:
+        return Rotation(self.cos.to(dtype), self.sin.to(dtype))
 
-def axial_ids(num_text_tokens: int, height: int, width: int, device: torch.device | None = None) -> Tensor:
-    """Ids [S, 2]: 0, 0 for each text token, then (row, column) for each image token, row by row. Float64."""
+
+def grid_ids(height: int, width: int, num_axes: int, device: torch.device | None = None) -> Tensor:
+    """Ids [height·width, K] of image tokens, row by row: zeros, then row and column. Float64.
+
+    A text token's ids are all 0, so it is not turned.
+    """
     rows = torch.arange(height, dtype=torch.float64, device=device)
     columns = torch.arange(width, dtype=torch.float64, device=device)
-    image = torch.cartesian_prod(rows, columns)
-    return torch.cat([image.new_zeros(num_text_tokens, 2), image])
+    return F.pad(torch.cartesian_prod(rows, columns), (num_axes - 2, 0))
 
 
 def rotation(ids_SK: Tensor, axes: Sequence[int], theta: float = THETA) -> Rotation:
@@ -47,11 +53,11 @@ def rotation(ids_SK: Tensor, axes: Sequence[int], theta: float = THETA) -> Rotat
     return Rotation(angle.cos(), angle.sin())
 
 
-def rotate(x_BASE: Tensor, by: Rotation) -> Tensor:
+def rotate(x_BSAE: Tensor, by: Rotation) -> Tensor:
     """Turn the channel pairs (2i, 2i+1) of each token by its angles; computed in float32 or wider."""
-    wide = torch.promote_types(x_BASE.dtype, torch.float32)
-    if 2 * by.cos.shape[-1] != x_BASE.shape[-1]:
-        raise ValueError(f"rotary axes of {2 * by.cos.shape[-1]} channels in all, but heads of {x_BASE.shape[-1]}")
-    cos, sin = by.cos.to(wide), by.sin.to(wide)
-    even, odd = x_BASE.to(wide).unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(x_BASE.dtype)
+    wide = torch.promote_types(x_BSAE.dtype, torch.float32)
+    if 2 * by.cos.shape[-1] != x_BSAE.shape[-1]:
+        raise ValueError(f"rotary axes of {2 * by.cos.shape[-1]} channels in all, but heads of {x_BSAE.shape[-1]}")
+    cos, sin = (table.to(wide).unsqueeze(-2) for table in by)
+    even, odd = x_BSAE.to(wide).unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(x_BSAE.dtype)

@@ -1,13 +1,13 @@
 """SD3's way of joining text encoders (arXiv 2403.03206), as pure tensor code.
 
-Shape suffixes: B batch · L text tokens · D width.
+Shape suffixes: B batch · L text tokens of a caption · T of all captions · D width.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,7 +36,7 @@ class EncodedText:
 
 @dataclass(frozen=True)
 class TextBatch:
-    """Captions padded with zeros to the longest of the batch; lengths count true tokens.
+    """Captions padded with zeros to the longest of the batch; lengths count true tokens, and stay on the CPU.
 
     t5_scale_BL: where T5 is kept in float8, what each token is multiplied with; `to` applies it.
     """
@@ -51,7 +51,7 @@ class TextBatch:
     pad: Pad
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> TextBatch:
-        """A copy on `device`; embeddings in `dtype`, lengths stay integers, float8 becomes `dtype` or float32."""
+        """A copy on `device`; embeddings in `dtype`, float8 becomes `dtype` or float32."""
 
         def move(embedding: Tensor | None) -> Tensor | None:
             return None if embedding is None else embedding.to(device=device, dtype=dtype, non_blocking=True)
@@ -63,10 +63,10 @@ class TextBatch:
         return TextBatch(
             t5_BLD=t5_BLD,
             t5_scale_BL=None,
-            t5_length_B=self.t5_length_B.to(device),
+            t5_length_B=self.t5_length_B,
             clip_l_BLD=move(self.clip_l_BLD),
             clip_g_BLD=move(self.clip_g_BLD),
-            clip_length_B=self.clip_length_B.to(device),
+            clip_length_B=self.clip_length_B,
             pooled_BD=self.pooled_BD.to(device=device, dtype=dtype),
             pad=self.pad,
         )
@@ -94,30 +94,37 @@ def _stack(embeddings: Sequence[Tensor | None]) -> tuple[Tensor | None, Tensor]:
     return torch.nn.utils.rnn.pad_sequence(present, batch_first=True), lengths_B
 
 
+class Context(NamedTuple):
+    """Captions as a text-to-image model takes them: their tokens, one caption after another, without padding."""
+
+    tokens_TD: Tensor
+    lengths: list[int]
+    """How many of the tokens each caption has."""
+    pooled_BD: Tensor
+
+
 def join(
     batch: TextBatch,
     context_dim: int,
     keep_t5_B: Tensor | None = None,
     keep_clip_l_B: Tensor | None = None,
     keep_clip_g_B: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Context, its mask (True: a token to attend to) and the pooled vector.
+) -> Context:
+    """The real tokens of each caption and its pooled vector.
 
-    The context is (CLIP-L ‖ bigG by channel), zero-padded to `context_dim`, followed by T5, zero-padded likewise.
-    `keep_*_B` are booleans (None: keep all); what is dropped is zeroed (SD3: each with p = .464, independently).
-    A dropped caption must not show through its length: of T5 one masked-in token stays, of CLIP with both encoders
-    dropped two, as of an empty caption. Under `pad: full` all tokens stay, as in SD3. CLIPs without tokens add nothing
-    to the context.
+    A caption's tokens are (CLIP-L ‖ bigG by channel), zero-padded to `context_dim`, followed by T5, zero-padded
+    likewise. `keep_*_B` are booleans on the CPU (None: keep all); what is dropped is zeroed (SD3: each with p = .464,
+    independently). A dropped caption must not show through its length: of T5 one token stays, of CLIP with both
+    encoders dropped two, as of an empty caption. Under `pad: full` all tokens stay, as in SD3. CLIPs without tokens
+    add nothing to the context.
 
-    Returns context [B, L_clip + L_t5, context_dim], mask [B, L_clip + L_t5], pooled [B, D_l + D_g].
     Raises ValueError where the widths don't fit.
     """
-    everyone_B = torch.ones(len(batch.pooled_BD), dtype=torch.bool, device=batch.pooled_BD.device)
+    everyone_B = torch.ones(len(batch.pooled_BD), dtype=torch.bool)
     keep_t5_B, keep_clip_l_B, keep_clip_g_B = (
-        everyone_B if keep_B is None else keep_B.to(everyone_B.device)
-        for keep_B in (keep_t5_B, keep_clip_l_B, keep_clip_g_B)
+        everyone_B if keep_B is None else keep_B for keep_B in (keep_t5_B, keep_clip_l_B, keep_clip_g_B)
     )
-    contexts, masks, pooled_BD = [], [], batch.pooled_BD
+    contexts, reals, pooled_BD = [], [], batch.pooled_BD
 
     both = ((batch.clip_l_BLD, keep_clip_l_B), (batch.clip_g_BLD, keep_clip_g_B))
     clips = [(clip_BLD, keep_B) for clip_BLD, keep_B in both if clip_BLD is not None]
@@ -129,25 +136,27 @@ def join(
         keep_clip_B = torch.stack([keep_B for _, keep_B in clips]).any(dim=0)
         if clip_BLD.shape[1]:
             contexts.append(_widen(clip_BLD, context_dim))
-            masks.append(_mask(batch.clip_length_B, keep_clip_B, _EMPTY_CLIP_TOKENS, clip_BLD.shape[1], batch.pad))
+            reals.append(_real(batch.clip_length_B, keep_clip_B, _EMPTY_CLIP_TOKENS, clip_BLD.shape[1], batch.pad))
         parts = zip(pooled_BD.split(dims, dim=-1), clips, strict=True)
         pooled_BD = torch.cat([_drop(part_BD, keep_B) for part_BD, (_, keep_B) in parts], dim=-1)
     if batch.t5_BLD is not None:
         contexts.append(_widen(_drop(batch.t5_BLD, keep_t5_B), context_dim))
-        masks.append(_mask(batch.t5_length_B, keep_t5_B, _EMPTY_T5_TOKENS, batch.t5_BLD.shape[1], batch.pad))
+        reals.append(_real(batch.t5_length_B, keep_t5_B, _EMPTY_T5_TOKENS, batch.t5_BLD.shape[1], batch.pad))
     if not contexts:
         raise ValueError("no text encoder is present: there is nothing to join")
-    return torch.cat(contexts, dim=1), torch.cat(masks, dim=1), pooled_BD
+    context_BLD, real_BL = torch.cat(contexts, dim=1), torch.cat(reals, dim=1)
+    place_T = real_BL.flatten().nonzero()[:, 0].to(context_BLD.device, non_blocking=True)
+    return Context(context_BLD.flatten(0, 1)[place_T], real_BL.sum(1).tolist(), pooled_BD)
 
 
-def unconditional(batch: TextBatch, context_dim: int) -> tuple[Tensor, Tensor, Tensor]:
+def unconditional(batch: TextBatch, context_dim: int) -> Context:
     """`join` with every encoder dropped: the other half of classifier-free guidance, the same for all captions."""
-    nobody_B = torch.zeros(len(batch.pooled_BD), dtype=torch.bool, device=batch.pooled_BD.device)
+    nobody_B = torch.zeros(len(batch.pooled_BD), dtype=torch.bool)
     return join(batch, context_dim, nobody_B, nobody_B, nobody_B)
 
 
 def _drop(embedding: Tensor, keep_B: Tensor) -> Tensor:
-    keep = keep_B.view(-1, *[1] * (embedding.ndim - 1))
+    keep = keep_B.to(embedding.device, non_blocking=True).view(-1, *[1] * (embedding.ndim - 1))
     return embedding.masked_fill(~keep, 0.0)
 
 
@@ -157,7 +166,8 @@ def _widen(embedding_BLD: Tensor, context_dim: int) -> Tensor:
     return torch.nn.functional.pad(embedding_BLD, (0, context_dim - embedding_BLD.shape[-1]))
 
 
-def _mask(length_B: Tensor, keep_B: Tensor, num_if_dropped: int, num_tokens: int, pad: Pad) -> Tensor:
+def _real(length_B: Tensor, keep_B: Tensor, num_if_dropped: int, num_tokens: int, pad: Pad) -> Tensor:
+    """Which of a caption's tokens the model sees, on the CPU."""
     if pad == "trim":
         length_B = torch.where(keep_B, length_B, num_if_dropped)
-    return torch.arange(num_tokens, device=length_B.device) < length_B[:, None]
+    return torch.arange(num_tokens) < length_B[:, None]

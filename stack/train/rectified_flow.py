@@ -56,6 +56,8 @@ class RectifiedFlowConfig(Config):
     """Folder or hub id of the codec that made the latents."""
     timesteps: TimestepConfig = TimestepConfig()
     dropout: DropoutConfig = DropoutConfig()
+    guidance: float = 1.0
+    """What a model with a guidance embedding is told while it trains on plain data."""
     preview: PreviewConfig = PreviewConfig()
 
 
@@ -106,8 +108,9 @@ class RectifiedFlow:
 
     def _error_B(self, network: nn.Module, batch: LatentBatch, draws: Draws, t_B: Tensor, **keep: Tensor) -> Tensor:
         x_BCHW, target_BCHW = self._noised(batch, draws, t_B)
-        context_BLD, mask_BL, pooled_BD = join(batch.text, self._config.model.context_dim, **keep)
-        velocity_BCHW = network(x_BCHW, t_B, context_BLD, pooled_BD, mask_BL)
+        guidance_B = torch.full_like(t_B, self._config.guidance) if self._config.model.guidance_embedding else None
+        context = join(batch.text, self._config.model.context_dim, **keep)
+        velocity_BCHW = network(x_BCHW, t_B, *context, guidance_B)
         return (velocity_BCHW.float() - target_BCHW).square().flatten(1).mean(1)
 
     def loss(self, network: nn.Module, batch: LatentBatch, draws: Draws) -> Losses:
@@ -116,7 +119,7 @@ class RectifiedFlow:
         dropout = self._config.dropout
         keep_any_B = draws.uniform("keep_all") >= dropout.all
         keep = {
-            f"keep_{name}_B": (keep_any_B & (draws.uniform(f"keep_{name}") >= getattr(dropout, name))).to(device)
+            f"keep_{name}_B": keep_any_B & (draws.uniform(f"keep_{name}") >= getattr(dropout, name))
             for name in ("t5", "clip_l", "clip_g")
         }
         return Losses(self._error_B(network, batch, draws, t_B, **keep).mean())

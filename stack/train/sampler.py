@@ -6,7 +6,7 @@ Shapes: B batch · C channels · H W height, width · L text tokens · D width.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -27,6 +27,8 @@ class SamplerConfig(Config):
     steps: PositiveInt = 20
     guidance: float = 4.0
     """Classifier-free guidance γ in v∅ + γ·(v_y − v∅); 1 is no guidance."""
+    embedded_guidance: float = 3.5
+    """What a model with a guidance embedding (FLUX.1-dev) is told; `guidance` is 1 for it as a rule."""
     shift: PositiveFloat = 1.0
     """Resolution shift of the time grid."""
     batch_size: PositiveInt = 64
@@ -38,7 +40,7 @@ def check_size(model: MMDiTConfig, factor: int, size: tuple[int, int]) -> None:
     if min(size) < unit or size[0] % unit or size[1] % unit:
         raise UserError(f"size {size[0]}×{size[1]}: both sides must be multiples of {unit} pixels")
     largest = unit * model.position_table_size
-    if model.positions == "sincos" and max(size) > largest:
+    if not model.rope_axes and max(size) > largest:
         raise UserError(f"size {size[0]}×{size[1]}: the model's position table ends at {largest} pixels")
 
 
@@ -79,14 +81,16 @@ class Sampler:
         device = next(self.network.parameters()).device
         batch = collate(texts, self._pad).to(device)
         context_dim = self.network.config.context_dim
-        conditional, unconditional = (
-            guidance.Condition(context_BLD, pooled_BD, mask_BL)
-            for context_BLD, mask_BL, pooled_BD in (join(batch, context_dim), unconditional_text(batch, context_dim))
-        )
+        conditional, unconditional = join(batch, context_dim), unconditional_text(batch, context_dim)
+
+        def network(x_BCHW: Tensor, t_B: Tensor, *context: Any) -> Tensor:
+            embedded = self.network.config.guidance_embedding
+            return self.network(
+                x_BCHW, t_B, *context, torch.full_like(t_B, config.embedded_guidance) if embedded else None
+            )
 
         def velocity(x_BCHW: Tensor, t_B: Tensor) -> Tensor:
-            v_BCHW = guidance.classifier_free(self.network, x_BCHW, t_B, conditional, unconditional, config.guidance)
-            return v_BCHW.float()
+            return guidance.classifier_free(network, x_BCHW, t_B, conditional, unconditional, config.guidance).float()
 
         solve = {"euler": solvers.euler, "heun": solvers.heun}[config.solver]
         return solve(velocity, noise_BCHW.to(device), solvers.times(config.steps, config.shift))

@@ -5,6 +5,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from stack.models.flops import flops_per_sample
 from stack.models.mmdit import MMDiT, MMDiTConfig
+from stack.models.presets import PRESETS
 
 
 def counted(config: MMDiTConfig, side: int, num_text: int, device: str) -> tuple[int, int]:
@@ -14,8 +15,10 @@ def counted(config: MMDiTConfig, side: int, num_text: int, device: str) -> tuple
         batch = (
             torch.empty(2, config.in_channels, side, side),
             torch.empty(2),
-            torch.empty(2, num_text, config.context_dim),
+            torch.empty(2 * num_text, config.context_dim),
+            [num_text] * 2,
             torch.empty(2, config.pooled_dim),
+            torch.empty(2) if config.guidance_embedding else None,
         )
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         loss = model(*batch).sum()
@@ -24,13 +27,31 @@ def counted(config: MMDiTConfig, side: int, num_text: int, device: str) -> tuple
     return forward // 2, counter.get_total_flops() // 2
 
 
-@pytest.mark.parametrize("keys", [{}, {"depth": 1}, {"mlp_ratio": 2}, {"patch_size": 1, "positions": "rope"}])
-def test_closed_form_is_exact(keys: dict[str, object]) -> None:
-    config = MMDiTConfig.from_preset("mmdit-test", **keys)
+@pytest.mark.parametrize(
+    ("preset", "keys"),
+    [
+        ("mmdit-test", {}),
+        ("mmdit-test", {"depth": 1}),
+        ("mmdit-test", {"mlp_ratio": 2}),
+        ("mmdit-test", {"patch_size": 1, "rope_axes": (16, 16)}),
+        ("mmdit-test", {"image_attention": 1}),
+        ("flux-test", {}),
+        ("flux-test", {"guidance_embedding": True}),
+    ],
+)
+def test_closed_form_is_exact(preset: str, keys: dict[str, object]) -> None:
+    config = MMDiTConfig.from_preset(preset, **keys)
     num_image = (8 // config.patch_size) ** 2
     assert flops_per_sample(config, num_image, 7) == counted(config, 8, 7, "cpu")
 
 
-def test_sd3_d15_on_the_meta_device() -> None:
-    config = MMDiTConfig.from_preset("sd3-d15")
-    assert flops_per_sample(config, 256, 154) == pytest.approx(counted(config, 32, 154, "meta"), rel=0.01)
+@pytest.mark.parametrize("preset", [name for name in PRESETS if not name.endswith("-qknorm")])
+def test_every_preset_on_the_meta_device(preset: str) -> None:
+    config = MMDiTConfig.from_preset(preset)
+    assert flops_per_sample(config, 64, 154) == pytest.approx(counted(config, 16, 154, "meta"), rel=0.01)
+
+
+def test_flux_agrees_with_mlperf() -> None:
+    """MLPerf Training v5.1: 20.38 TFLOP a sample at 256² and 256 text tokens."""
+    _, both = flops_per_sample(MMDiTConfig.from_preset("flux-schnell"), 256, 256)
+    assert both == pytest.approx(20.38e12, rel=0.01)

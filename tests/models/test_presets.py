@@ -22,12 +22,22 @@ def test_published_parameter_counts(depth: int) -> None:
     assert parameter_counts(MMDiTConfig.from_preset(f"sd3-d{depth}-qknorm"))[0] == normed
 
 
-def test_sd3_medium_with_its_position_table() -> None:
-    assert parameter_counts(MMDiTConfig.from_preset("sd3-d24"))[1] == 2_084_951_104
+@pytest.mark.parametrize(
+    ("preset", "trained", "with_table"),
+    [
+        ("sd3-medium", 2_028_328_000, 2_084_951_104),
+        ("sd3.5-medium", 2_243_171_520, 2_243_171_520 + 384**2 * 1536),
+        ("sd3.5-large", 8_056_627_520, 8_056_627_520 + 192**2 * 2432),
+        ("flux-dev", 11_901_408_320, 11_901_408_320),
+        ("flux-schnell", 11_891_178_560, 11_891_178_560),
+    ],
+)
+def test_released_models(preset: str, trained: int, with_table: int) -> None:
+    assert parameter_counts(MMDiTConfig.from_preset(preset)) == (trained, with_table)
 
 
 def test_rope_has_no_table() -> None:
-    trained, with_table = parameter_counts(MMDiTConfig.from_preset("mmdit-test", positions="rope"))
+    trained, with_table = parameter_counts(MMDiTConfig.from_preset("flux-test"))
     assert trained == with_table
 
 
@@ -37,7 +47,7 @@ def test_the_demo_is_small() -> None:
 
 def test_sd3_rows_follow_the_papers_rule() -> None:
     for name, row in PRESETS.items():
-        if name.startswith("sd3"):
+        if name.startswith("sd3-d"):
             assert (row["width"], row["num_heads"]) == (64 * row["depth"], row["depth"])
             assert row["qk_norm"] == name.endswith("-qknorm")
 
@@ -65,8 +75,11 @@ def test_unknown_preset_names_the_nearest() -> None:
     ("keys", "message"),
     [
         ({"width": 100}, "width 100 is not divisible by num_heads 8"),
-        ({"width": 8 * 6, "positions": "rope"}, "heads of a size divisible by 4, got 6"),
-        ({"width": 34, "num_heads": 2}, "width divisible by 4, got 34"),
+        ({"width": 8 * 6, "rope_axes": (3, 3)}, r"even numbers that add up to the head's 6, got \(3, 3\)"),
+        ({"rope_axes": (4, 8)}, r"head's 8, got \(4, 8\)"),
+        ({"rope_axes": (8,)}, r"two or more even numbers .* got \(8,\)"),
+        ({"width": 34, "num_heads": 2}, "sin-cos positions need a width divisible by 4, got 34"),
+        ({"image_attention": 3}, "image_attention is 3, the depth 2"),
     ],
 )
 def test_sizes_that_do_not_fit(keys: dict[str, object], message: str) -> None:

@@ -1,22 +1,124 @@
-"""B batch · A heads · S tokens · E head size"""
+"""B batch · S tokens · A heads · E head size"""
 
-import math
+from __future__ import annotations
 
+import pytest
 import torch
+from torch import Tensor
 
-from stack.nn.attention import attend
+from stack.config import UserError
+from stack.nn.attention import attend, choose, xformers_mask
+from stack.nn.layout import Layout
 
-
-def test_matches_the_formula_and_ignores_masked_keys() -> None:
-    q, k, v = torch.randn(3, 2, 3, 5, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    mask_BS = torch.tensor([[True] * 5, [True, False, True, False, False]])
-    scores = (q @ k.mT / math.sqrt(8)).masked_fill(~mask_BS[:, None, None], -math.inf)
-    torch.testing.assert_close(attend(q, k, v, mask_BS), scores.softmax(-1) @ v)
-
-    moved = v + 100 * ~mask_BS[:, None, :, None]
-    torch.testing.assert_close(attend(q, k, moved, mask_BS), attend(q, k, v, mask_BS))
+CPU = torch.device("cpu")
+BACKENDS = ("sdpa", "varlen", "flex", "reference")
+FORMS = {"batch": [3, 3], "row": [3, 1, 130]}
 
 
-def test_no_mask_is_a_mask_of_ones() -> None:
-    q, k, v = torch.randn(3, 2, 3, 5, 8, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(attend(q, k, v), attend(q, k, v, torch.ones(2, 5, dtype=torch.bool)))
+def qkv(layout: Layout, lengths: list[int], dtype: torch.dtype = torch.float64) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    tokens = sum(length + layout.num_image for length in lengths)
+    shape = (1, tokens) if layout.packing is not None else (len(lengths), tokens // len(lengths))
+    return torch.randn(3, *shape, 2, 16, dtype=dtype, generator=generator)
+
+
+def formula(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:
+    """Over whole samples, one after the other, whatever form they have."""
+    q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+    attended = []
+    for sample in zip(*(x.split(lengths) for x in (q, k, v)), strict=True):
+        one_q, one_k, one_v = sample
+        scores = torch.einsum("qae,kae->aqk", one_q, one_k) / 4
+        attended.append(torch.einsum("aqk,kae->qae", scores.softmax(-1), one_v))
+    return torch.cat(attended)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_backends_agree_with_the_formula(backend: str, form: str) -> None:
+    lengths = FORMS[form]
+    layout = Layout.of(lengths, 5, CPU, backend)
+    assert (layout.packing is None) == (form == "batch")
+    backward = backend != "flex"  # which has none on a CPU
+    q, k, v = qkv(layout, lengths, torch.float64 if backward else torch.float32).requires_grad_(backward)
+    expected = formula(q, k, v, [length + 5 for length in lengths]).view_as(q)
+    attended = attend(q, k, v, layout)
+    tolerance = 1e-10 if backward else 1e-5
+    torch.testing.assert_close(attended, expected, rtol=tolerance, atol=tolerance)
+    if backward:
+        weights = torch.randn(q.shape, dtype=q.dtype, generator=torch.Generator().manual_seed(1))
+        ours = torch.autograd.grad((attended * weights).sum(), (q, k, v))
+        theirs = torch.autograd.grad((expected * weights).sum(), (q, k, v))
+        for a, b in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "varlen"])
+def test_bfloat16_is_near(backend: str) -> None:
+    lengths = [3, 1, 9]
+    layout = Layout.of(lengths, 5, CPU, backend)
+    q, k, v = qkv(layout, lengths, torch.bfloat16)
+    attended = attend(q, k, v, layout)
+    assert attended.dtype == torch.bfloat16
+    expected = formula(q.double(), k.double(), v.double(), [length + 5 for length in lengths])
+    torch.testing.assert_close(attended.double()[0], expected, rtol=0.02, atol=0.02)
+
+
+def test_operators_are_sound() -> None:
+    lengths = [2, 4]
+    layout = Layout.of(lengths, 3, CPU, "varlen")
+    q, k, v = qkv(layout, lengths).requires_grad_()
+    assert layout.packing is not None
+    torch.library.opcheck(torch.ops.mmdit.attend_samples, (q, k, v, layout.packing.starts))
+
+
+def test_the_document_mask_is_xformers_mask() -> None:
+    lengths = [3, 700, 1, 260, 12]
+    layout = Layout.of(lengths, 5, CPU, "flex")
+    assert layout.packing is not None
+    num_tokens = sum(lengths) + 25
+    theirs = xformers_mask(layout.packing).materialize((num_tokens, num_tokens)) == 0
+    mask = layout.packing.block_mask
+    every = torch.arange(num_tokens)
+    ours = mask.mask_mod(None, None, every[:, None], every[None])
+    assert torch.equal(ours, theirs)
+    blocks = -(-num_tokens // 128)
+    padded = torch.zeros(blocks * 128, blocks * 128, dtype=torch.bool)
+    padded[:num_tokens, :num_tokens] = theirs
+    tiles = padded.unflatten(0, (blocks, 128)).unflatten(2, (blocks, 128)).transpose(1, 2).flatten(2)
+    assert torch.equal(mask.to_dense()[0, 0].bool(), tiles.any(-1))
+    assert mask.full_kv_num_blocks.sum() > 0
+    for row, count in enumerate(mask.full_kv_num_blocks[0, 0].tolist()):
+        assert tiles[row, mask.full_kv_indices[0, 0, row, :count].long()].all()
+
+
+def test_a_backend_that_cannot_says_why() -> None:
+    with pytest.raises(UserError, match=r"compute.attention=xformers: needs a GPU, got cpu"):
+        choose("xformers", CPU, torch.float32, 64, True)
+    with pytest.raises(UserError, match=r"compute.attention=flex: has no backward pass on cpu"):
+        choose("flex", CPU, torch.float32, 64, True)
+    assert choose("flex", CPU, torch.float32, 64, False) == "flex"
+    cuda = torch.device("cuda")
+    with pytest.raises(UserError, match=r"compute.attention=varlen: needs bfloat16 or float16 on a GPU"):
+        choose("varlen", cuda, torch.float32, 64, True)
+    with pytest.raises(UserError, match=r"multiple of 8 up to 256, got 12"):
+        choose("varlen", cuda, torch.bfloat16, 12, True)
+
+
+def test_auto_says_its_choice_once(capsys: pytest.CaptureFixture[str]) -> None:
+    choose.cache_clear()
+    assert [choose("auto", CPU, torch.float32, 48, True) for _ in range(3)] == ["varlen"] * 3
+    assert capsys.readouterr().err == "attention: varlen on cpu in float32\n"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("backend", ["sdpa", "varlen", "flex", "xformers"])
+def test_backends_agree_on_a_gpu(backend: str, form: str) -> None:
+    device, lengths = torch.device("cuda"), FORMS[form]
+    layout = Layout.of(lengths, 5, device, backend)
+    q, k, v = qkv(layout, lengths, torch.bfloat16).to(device).requires_grad_()
+    attended = attend(q, k, v, layout)
+    expected = formula(*(x.detach().double().cpu() for x in (q, k, v)), [length + 5 for length in lengths])
+    torch.testing.assert_close(attended.double().cpu().flatten(0, 1), expected, rtol=0.02, atol=0.02)
+    attended.sum().backward()

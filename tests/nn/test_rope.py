@@ -1,25 +1,26 @@
-"""B batch · A heads · S tokens · E head size"""
+"""B batch · S tokens · A heads · E head size"""
 
 import cmath
 
 import pytest
 import torch
 
-from stack.nn.rope import axial_ids, rotate, rotation
+from stack.nn.rope import grid_ids, rotate, rotation
 
 
 def test_ids() -> None:
-    assert axial_ids(2, 2, 3).tolist() == [[0, 0], [0, 0], [0, 0], [0, 1], [0, 2], [1, 0], [1, 1], [1, 2]]
+    assert grid_ids(2, 3, 2).tolist() == [[0, 0], [0, 1], [0, 2], [1, 0], [1, 1], [1, 2]]
+    assert grid_ids(1, 2, 3).tolist() == [[0, 0, 0], [0, 0, 1]]
 
 
 def test_rotates_pairs_as_complex_numbers() -> None:
     ids_SK = torch.tensor([[0, 0, 0], [0, 3, 5]])
-    x = torch.randn(1, 1, 2, 128, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(1, 2, 1, 128, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     turned = rotate(x, rotation(ids_SK, (16, 56, 56)))
-    torch.testing.assert_close(turned[:, :, 0], x[:, :, 0], rtol=0, atol=0)  # text stands at id 0
+    torch.testing.assert_close(turned[:, 0], x[:, 0], rtol=0, atol=0)  # text stands at id 0
     for pair, angle in ((3, 0.0), (8, 3.0), (9, 3 * 10_000 ** (-2 / 56)), (36, 5.0), (63, 5 * 10_000 ** (-54 / 56))):
-        z = complex(*x[0, 0, 1, 2 * pair : 2 * pair + 2]) * cmath.exp(1j * angle)
-        torch.testing.assert_close(turned[0, 0, 1, 2 * pair : 2 * pair + 2].tolist(), [z.real, z.imag])
+        z = complex(*x[0, 1, 0, 2 * pair : 2 * pair + 2]) * cmath.exp(1j * angle)
+        torch.testing.assert_close(turned[0, 1, 0, 2 * pair : 2 * pair + 2].tolist(), [z.real, z.imag])
 
 
 def test_scores_depend_on_differences_of_position_only() -> None:

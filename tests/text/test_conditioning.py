@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from stack.text.conditioning import EncodedText, Pad, collate, join, unconditional
+from stack.text.conditioning import Context, EncodedText, Pad, collate, join, unconditional
 
 T5, CLIP_L, CLIP_G, CONTEXT = 10, 3, 5, 12  # channels
 
@@ -28,9 +28,9 @@ def flags(*values: bool) -> Tensor:
     return torch.tensor(values)
 
 
-def visible(context_BLD: Tensor, mask_BL: Tensor, pooled_BD: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """What the transformer can see of each caption."""
-    return [(c[m], p) for c, m, p in zip(context_BLD, mask_BL, pooled_BD, strict=True)]
+def captions_of(context: Context) -> list[tuple[Tensor, Tensor]]:
+    """Tokens [L, D] and pooled vector [D] of each caption."""
+    return list(zip(context.tokens_TD.split(context.lengths), context.pooled_BD, strict=True))
 
 
 def embeddings(encoded: EncodedText) -> tuple[Tensor, Tensor, Tensor]:
@@ -48,31 +48,32 @@ def test_sd3_widths_and_places() -> None:
         clip_g=torch.randn(77, 1280, generator=g),
         pooled=torch.randn(2048, generator=g),
     )
-    context_BLD, mask_BL, pooled_BD = join(collate([encoded, encoded], pad="full"), 4096)
-    assert context_BLD.shape == (2, 154, 4096)
-    assert pooled_BD.shape == (2, 2048)
-    assert mask_BL.dtype == torch.bool
-    assert mask_BL.all()
+    context = join(collate([encoded, encoded], pad="full"), 4096)
+    assert context.tokens_TD.shape == (2 * 154, 4096)
+    assert context.pooled_BD.shape == (2, 2048)
+    assert context.lengths == [154, 154]
+    tokens_LD, pooled_D = captions_of(context)[1]
     t5, clip_l, clip_g = embeddings(encoded)
-    assert torch.equal(context_BLD[1, :77, :768], clip_l)
-    assert torch.equal(context_BLD[1, :77, 768:2048], clip_g)
-    assert torch.equal(context_BLD[1, :77, 2048:], torch.zeros(77, 2048))
-    assert torch.equal(context_BLD[1, 77:], t5)
-    assert torch.equal(pooled_BD[1], encoded.pooled)
+    assert torch.equal(tokens_LD[:77, :768], clip_l)
+    assert torch.equal(tokens_LD[:77, 768:2048], clip_g)
+    assert torch.equal(tokens_LD[:77, 2048:], torch.zeros(77, 2048))
+    assert torch.equal(tokens_LD[77:], t5)
+    assert torch.equal(pooled_D, encoded.pooled)
 
 
 def test_captions_of_different_lengths() -> None:
     short, long = caption(2, 3), caption(5, 4, seed=1)
     batch = collate([short, long])
-    context_BLD, mask_BL, _ = join(batch, CONTEXT)
-    assert context_BLD.shape == (2, 4 + 5, CONTEXT)
-    assert mask_BL.int().tolist() == [[1, 1, 1, 0, 1, 1, 0, 0, 0], [1] * 9]
+    context = join(batch, CONTEXT)
+    assert context.lengths == [3 + 2, 4 + 5]
+    assert context.tokens_TD.shape == (5 + 9, CONTEXT)
     t5, clip_l, _ = embeddings(short)
-    assert torch.equal(context_BLD[0, :3, :CLIP_L], clip_l)
-    assert torch.equal(context_BLD[0, 4:6, :T5], t5)
-    assert not context_BLD[0][~mask_BL[0]].any()
-    alone = visible(*join(collate([short]), CONTEXT))[0]
-    assert all(torch.equal(a, b) for a, b in zip(alone, visible(*join(batch, CONTEXT))[0], strict=True))
+    tokens_LD, _ = captions_of(context)[0]
+    assert torch.equal(tokens_LD[:3, :CLIP_L], clip_l)
+    assert torch.equal(tokens_LD[3:, :T5], t5)
+    for row, encoded in enumerate((short, long)):
+        alone = captions_of(join(collate([encoded]), CONTEXT))[0]
+        assert all(torch.equal(a, b) for a, b in zip(alone, captions_of(context)[row], strict=True))
 
 
 def test_each_encoder_is_dropped_by_itself() -> None:
@@ -80,35 +81,38 @@ def test_each_encoder_is_dropped_by_itself() -> None:
     batch = collate([encoded] * 8)
     kept = list(itertools.product((True, False), repeat=3))
     keep_t5_B, keep_l_B, keep_g_B = (flags(*column) for column in zip(*kept, strict=True))
-    context_BLD, mask_BL, pooled_BD = join(batch, CONTEXT, keep_t5_B, keep_l_B, keep_g_B)
+    rows = captions_of(join(batch, CONTEXT, keep_t5_B, keep_l_B, keep_g_B))
     t5, clip_l, clip_g = embeddings(encoded)
     for row, (has_t5, has_l, has_g) in enumerate(kept):
-        assert torch.equal(context_BLD[row, :3, :CLIP_L], clip_l * has_l)
-        assert torch.equal(context_BLD[row, :3, CLIP_L : CLIP_L + CLIP_G], clip_g * has_g)
-        assert torch.equal(context_BLD[row, 3:, :T5], t5 * has_t5)
-        assert torch.equal(pooled_BD[row, :CLIP_L], encoded.pooled[:CLIP_L] * has_l)
-        assert torch.equal(pooled_BD[row, CLIP_L:], encoded.pooled[CLIP_L:] * has_g)
-        assert mask_BL[row].int().tolist() == [1, 1, int(has_l or has_g), 1, *[int(has_t5)] * 3]
+        tokens_LD, pooled_D = rows[row]
+        num_clip, num_t5 = 3 if has_l or has_g else 2, 4 if has_t5 else 1  # as many as an empty caption has
+        assert tokens_LD.shape == (num_clip + num_t5, CONTEXT)
+        assert torch.equal(tokens_LD[:num_clip, :CLIP_L], clip_l[:num_clip] * has_l)
+        assert torch.equal(tokens_LD[:num_clip, CLIP_L : CLIP_L + CLIP_G], clip_g[:num_clip] * has_g)
+        assert torch.equal(tokens_LD[num_clip:, :T5], t5[:num_t5] * has_t5)
+        assert torch.equal(pooled_D[:CLIP_L], encoded.pooled[:CLIP_L] * has_l)
+        assert torch.equal(pooled_D[CLIP_L:], encoded.pooled[CLIP_L:] * has_g)
 
 
 @pytest.mark.parametrize("pad", ["trim", "full"])
 def test_unconditional_is_the_same_for_all_captions(pad: Pad) -> None:
     tokens = [(9, 6), (3, 4), (1, 2)] if pad == "trim" else [(9, 7)] * 3
     captions = [caption(*lengths, seed=seed) for seed, lengths in enumerate(tokens)]
-    together = visible(*unconditional(collate(captions, pad), CONTEXT))
-    apart = [visible(*unconditional(collate([c], pad), CONTEXT))[0] for c in captions]
+    together = captions_of(unconditional(collate(captions, pad), CONTEXT))
+    apart = [captions_of(unconditional(collate([c], pad), CONTEXT))[0] for c in captions]
     for context_LD, pooled_D in together + apart:
         assert context_LD.shape == ((3 if pad == "trim" else 16), CONTEXT)
         assert not context_LD.any()
         assert not pooled_D.any()
 
 
-def test_full_padding_stays_in_the_mask() -> None:
+def test_full_padding_stays() -> None:
     batch = collate([caption(6, 7)] * 2, pad="full")
-    context_BLD, mask_BL, _ = join(batch, CONTEXT, keep_t5_B=flags(True, False))
-    assert mask_BL.all()
-    assert not context_BLD[1, 7:].any()
-    assert context_BLD[0, 7:, :T5].all()
+    context = join(batch, CONTEXT, keep_t5_B=flags(True, False))
+    assert context.lengths == [13, 13]
+    (kept_LD, _), (dropped_LD, _) = captions_of(context)
+    assert not dropped_LD[7:].any()
+    assert kept_LD[7:, :T5].all()
 
 
 @pytest.mark.parametrize("present", [p for p in itertools.product((True, False), repeat=3) if any(p)])
@@ -123,21 +127,20 @@ def test_absent_encoders(present: tuple[bool, bool, bool]) -> None:
         pooled=torch.cat(parts) if parts else torch.empty(0),
     )
     batch = collate([encoded, encoded]).to("cpu", torch.float64)
-    context_BLD, mask_BL, pooled_BD = join(batch, CONTEXT)
-    assert context_BLD.shape == (2, 3 * (clip_l or clip_g) + 4 * t5, CONTEXT)
-    assert context_BLD.dtype == torch.float64
-    assert mask_BL.all()
-    assert torch.equal(pooled_BD[0], encoded.pooled.double())
-    _, mask_BL, pooled_BD = unconditional(batch, CONTEXT)
-    assert mask_BL[0].sum() == 2 * (clip_l or clip_g) + t5
-    assert not pooled_BD.any()
+    context = join(batch, CONTEXT)
+    assert context.lengths == [3 * (clip_l or clip_g) + 4 * t5] * 2
+    assert context.tokens_TD.shape == (sum(context.lengths), CONTEXT)
+    assert context.tokens_TD.dtype == torch.float64
+    assert torch.equal(context.pooled_BD[0], encoded.pooled.double())
+    nothing = unconditional(batch, CONTEXT)
+    assert nothing.lengths == [2 * (clip_l or clip_g) + t5] * 2
+    assert not nothing.pooled_BD.any()
 
 
 def test_a_dropped_encoder_is_zero_even_where_it_was_infinite() -> None:
     encoded = caption(2, 3)
     infinite = dataclasses.replace(encoded, t5=torch.full((2, T5), torch.inf))
-    context_BLD, _, _ = join(collate([infinite]), CONTEXT, keep_t5_B=flags(False))
-    assert context_BLD.isfinite().all()
+    assert join(collate([infinite]), CONTEXT, keep_t5_B=flags(False)).tokens_TD.isfinite().all()
 
 
 def test_widths_that_do_not_fit_are_named() -> None:

@@ -74,17 +74,18 @@ def test_without_clip_tokens_the_context_is_t5s_and_the_pooled_vector_stays(
 ) -> None:
     alone = TextEncoders(changed(config, clip_tokens=False)).encode(CAPTIONS)
     assert all((len(text.clip_l), len(text.clip_g)) == (0, 0) for text in alone)  # type: ignore[arg-type]
-    lengths = torch.tensor([len(text.t5) for text in alone])  # type: ignore[arg-type]
+    lengths = [len(text.t5) for text in alone]  # type: ignore[arg-type]
     keep_B = torch.arange(len(CAPTIONS)) % 2 == 0
     both = join(collate(encoders.encode(CAPTIONS)), 128, None, keep_B, None)
-    context_BLD, mask_BL, pooled_BD = join(collate(alone), 128, None, keep_B, None)
-    assert torch.equal(mask_BL.sum(1), lengths)
-    assert torch.equal(context_BLD, both[0][:, -context_BLD.shape[1] :])
-    assert torch.equal(pooled_BD, both[2])
+    context = join(collate(alone), 128, None, keep_B, None)
+    assert context.lengths == lengths
+    captions = (x.tokens_TD.split(x.lengths) for x in (context, both))
+    assert all(torch.equal(t5_LD, tokens_LD[-len(t5_LD) :]) for t5_LD, tokens_LD in zip(*captions, strict=True))
+    assert torch.equal(context.pooled_BD, both.pooled_BD)
     narrow = [replace(text, t5=text.t5[:, :64]) for text in alone]  # type: ignore[index]
-    assert join(collate(narrow), 64)[0].shape[1:] == (lengths.max(), 64)  # narrower than the CLIPs, which don't enter
+    assert join(collate(narrow), 64).tokens_TD.shape == (sum(lengths), 64)  # narrower than the CLIPs, which don't enter
     dropped = join(collate(alone), 128, ~keep_B, None, None)
-    assert torch.equal(dropped[1].sum(1), torch.where(keep_B, 1, lengths))
+    assert dropped.lengths == torch.where(keep_B, 1, torch.tensor(lengths)).tolist()
     with pytest.raises(UserError, match="clip_tokens=false without t5"):
         load(TextConfig, overrides=[f"clip_l={config.clip_l}", "clip_tokens=false"])
 
