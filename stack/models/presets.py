@@ -36,7 +36,7 @@ ROWS: dict[str, tuple[Any, ...]] = {
     "flux-schnell":   (   19,    38,  3072,   24,  16,  4096,   768, True,       0,    False,  192,  64, (16, 56, 56)),
     "mmdit-demo":     (    4,     0,   192,    6,   4,   128,   128, True,       0,    False,   16,  16, ()),
     "mmdit-test":     (    2,     0,    64,    2,   4,    32,    32, True,       0,    False,   16,  16, ()),
-    "flux-test":      (    2,     2,    64,    2,   4,    32,    32, True,       0,    False,   16,  16, (4, 14, 14)),
+    "flux-test":      (    2,     2,    64,    2,   4,    32,    32, True,       0,    False,  192,  64, (4, 14, 14)),
 }
 # fmt: on
 PRESETS = {name: dict(zip(COLUMNS, row, strict=True)) for name, row in ROWS.items()}

@@ -59,23 +59,26 @@ def table_coordinates(
 
     Patch p of the table lies at origin + p·base_size/table_size. SD3-medium: 192 patches, base size 64, origin 0.
     SD3 §5.3.2, for S² pixels and s patches a side: origin (s − table_size)/2·256/S, base size table_size·256/S.
-    Float64 [length]. Raises ValueError when the image is larger than the table.
+    Float64 [length], rounded to float32 as in the published tables. Raises ValueError when the image is larger than
+    the table.
     """
     if length > table_size:
         raise ValueError(f"an image of {length} patches a side does not fit a position table of {table_size}")
     first = (table_size - length) // 2
-    return origin + torch.arange(first, first + length, dtype=torch.float64, device=device) * (base_size / table_size)
+    patches = torch.arange(first, first + length, dtype=torch.float32, device=device)
+    return origin + (patches / (table_size / base_size)).double()
 
 
 def sincos_positions(rows_H: Tensor, columns_W: Tensor, width: int) -> Tensor:
-    """Two-dimensional sin-cos position vectors [H·W, width] in float64.
+    """Two-dimensional sin-cos position vectors [H·W, width], computed in float64 and rounded to float32 as the published
+    tables are.
 
     A half for the column and a half for the row, each sin ‖ cos of its coordinate at width/4 frequencies.
     """
-    frequency = MAX_PERIOD ** -(torch.arange(width // 4, dtype=torch.float64, device=rows_H.device) / (width // 4))
+    frequency = 1 / MAX_PERIOD ** (torch.arange(width // 4, dtype=torch.float64, device=rows_H.device) / (width // 4))
     row_HD, column_WD = (
         torch.cat([angle.sin(), angle.cos()], dim=-1)
         for angle in (rows_H[:, None] * frequency, columns_W[:, None] * frequency)
     )
     size = (len(rows_H), len(columns_W), width // 2)
-    return torch.cat([column_WD[None].expand(size), row_HD[:, None].expand(size)], dim=-1).flatten(0, 1)
+    return torch.cat([column_WD[None].expand(size), row_HD[:, None].expand(size)], dim=-1).flatten(0, 1).float()
