@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
+
 from stack.models.mmdit import TIMESTEP_SIZE
 
 if TYPE_CHECKING:
@@ -35,3 +37,15 @@ def flops_per_sample(config: MMDiTConfig, num_image_tokens: int, num_text_tokens
 
     forward = 2 * (double + single + embedders + final + inputs)
     return forward, 3 * forward - 2 * inputs
+
+
+# Dense bfloat16 with float32 accumulation, in TFLOP/s, as the vendors state it.
+_PEAKS = {"A100": 312, "H100 PCIe": 756, "H100": 989, "H200": 989, "GB300": 2500, "GB200": 2500, "B200": 2250}
+
+
+def peak_tflops(device: torch.device) -> float | None:
+    """What `device` can compute in bfloat16 at most; None where that is not known (a CPU)."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for known, peak in _PEAKS.items() if known in name), None)

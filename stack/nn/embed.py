@@ -70,7 +70,7 @@ def table_coordinates(
 
 
 def sincos_positions(rows_H: Tensor, columns_W: Tensor, width: int) -> Tensor:
-    """Two-dimensional sin-cos position vectors [H·W, width], computed in float64 and rounded to float32 as the published
+    """Two-dimensional sin-cos position vectors [H·W, width]: computed in float64, rounded to float32 as the published
     tables are.
 
     A half for the column and a half for the row, each sin ‖ cos of its coordinate at width/4 frequencies.

@@ -24,6 +24,7 @@ from stack.data.safety import RejectLog
 from stack.files import lock, publish
 from stack.flow.noise import NoisePlan
 from stack.log import Metrics, progress, say
+from stack.models.flops import peak_tflops
 from stack.parallel import engine as engines
 from stack.parallel.ema import Ema
 from stack.train import snapshot
@@ -47,7 +48,9 @@ def train(config: TrainConfig) -> bool:
     keep_every = steps_of(config.checkpoint.keep_every, size) if config.checkpoint.keep_every else 0
     with _sole_user(run):
         _refuse_another_run(run, config)
-        data, objective = _build(config, device)
+        checkpoints = Checkpoints(run, config.checkpoint, keep_every)
+        state = checkpoints.newest()
+        data, objective = _build(config, device, begin=state is None)
         check_division(size, dist.world_size(), accumulate)
         averaged = copy.deepcopy(objective.network) if dist.rank() == 0 else None
         micro_batch_size = size // dist.world_size() // accumulate
@@ -56,8 +59,6 @@ def train(config: TrainConfig) -> bool:
         noise = NoisePlan(seed)
         _write_config(run, config)
 
-        checkpoints = Checkpoints(run, config.checkpoint, keep_every)
-        state = checkpoints.newest()
         if state is not None:
             checkpoints.load(state, engine, ema)
             say(f"{run}: going on after step {state['step']}")
@@ -81,6 +82,8 @@ def train(config: TrainConfig) -> bool:
                     engine.backward(losses.total)
                     for name, value in {"loss": losses.total, **losses.terms}.items():
                         sums[name] += float(value.detach()) / accumulate
+                    if losses.flop is not None:
+                        sums["tflop"] += losses.flop / 1e12
                 info = engine.step(lr)
                 if info.applied:
                     ema.update(step + 1 - guard.skipped)
@@ -127,14 +130,14 @@ def _sole_user(run: Path) -> Iterator[None]:
         yield
 
 
-def _build(config: TrainConfig, device: torch.device) -> tuple[ShardData, Objective]:
+def _build(config: TrainConfig, device: torch.device, begin: bool) -> tuple[ShardData, Objective]:
     """Rank 0 first: it writes indices that are missing, and the list of images that cannot be decoded anew."""
     rejected = RejectLog(config.run.dir / "rejected.jsonl")
     if dist.rank() == 0:
         rejected.path.unlink(missing_ok=True)
     else:
         dist.barrier()
-    data, objective = build(config, device, rejected)
+    data, objective = build(config, device, rejected, begin)
     if dist.rank() == 0:
         dist.barrier()
         for line in data.unfilled():
@@ -167,6 +170,7 @@ def _refuse_another_run(run: Path, config: TrainConfig) -> None:
                 if key not in free and getattr(old, key, None) != getattr(new, key)
             ]
             changed += ["run.seed"] if known.run.seed != config.run.seed else []
+            changed += ["init.from"] if known.init != config.init else []
             if changed:
                 problem = (
                     f"{path} differs in {', '.join(changed)}: give run.dir a new folder, or restore the old values"
@@ -197,6 +201,10 @@ def _summary(sums: dict[str, float], info: engines.StepInfo, lr: float, done: in
     means = dist.mean([sums[name] / sums["steps"] for name in names])
     line = {"step": done, "samples": done * size, **dict(zip(names, means, strict=True))}
     line |= {"lr": lr, "grad_norm": info.grad_norm, "samples_per_s": size / line["step_s"]}
+    if "tflop" in line:
+        line["tflops_per_s"] = line.pop("tflop") / line["step_s"]
+        if peak := peak_tflops(dist.device()):
+            line["mfu"] = line["tflops_per_s"] / peak
     return {**line, "rss_gb": psutil.Process().memory_info().rss / 1e9}
 
 

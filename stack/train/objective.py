@@ -18,6 +18,8 @@ class Losses:
     """The micro-batch's mean loss, to be differentiated (scalar)."""
     terms: dict[str, Tensor] = field(default_factory=dict)
     """Further scalars to log."""
+    flop: int | None = None
+    """Floating-point operations of the forward and backward pass, where they are known."""
 
 
 class Batch(Protocol):

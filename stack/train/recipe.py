@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field, NonNegativeInt, PositiveInt
@@ -12,6 +12,7 @@ from stack.config import Config, UserError
 from stack.data.dataset import ImageData, ImageDataset, LatentData, LatentDataset, ShardData
 from stack.data.safety import RejectLog
 from stack.log import LogConfig
+from stack.models.compute import ComputeConfig
 from stack.parallel.ema import EmaConfig
 from stack.parallel.engine import OptimConfig, ParallelConfig
 from stack.train.autoencoder import AutoencoderConfig, AutoencoderObjective
@@ -38,6 +39,9 @@ class TrainConfig(Config):
     run: RunConfig
     data: Annotated[LatentData | ImageData, Field(discriminator="kind")]
     objective: Annotated[RectifiedFlowConfig | AutoencoderConfig, Field(discriminator="kind")]
+    init: dict[Literal["from"], Path] = Field(default={})
+    """from: weights to begin with, in any format that `stack.models.convert.load` reads; else drawn from run.seed."""
+    compute: ComputeConfig = ComputeConfig()
     optim: OptimConfig = OptimConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     parallel: ParallelConfig = ParallelConfig()
@@ -47,16 +51,23 @@ class TrainConfig(Config):
     log: LogConfig = LogConfig()
 
 
-def build(config: TrainConfig, device: torch.device, rejected: RejectLog | None = None) -> tuple[ShardData, Objective]:
+def build(
+    config: TrainConfig, device: torch.device, rejected: RejectLog | None = None, begin: bool = False
+) -> tuple[ShardData, Objective]:
     """The data set and the objective. UserError where the two kinds do not go together.
 
-    rejected: where images that cannot be decoded are listed.
+    rejected: where images that cannot be decoded are listed.  begin: whether the weights that `init.from` names are
+    read; whoever loads others leaves them out.
     """
     data, objective, seed = config.data, config.objective, config.run.seed
     if isinstance(data, LatentData) and isinstance(objective, RectifiedFlowConfig):
         latents = LatentDataset(data, seed)
-        return latents, RectifiedFlow(objective, latents, seed, device)
+        init = config.init.get("from") if begin else None
+        return latents, RectifiedFlow(objective, latents, seed, device, config.compute, init)
     if isinstance(data, ImageData) and isinstance(objective, AutoencoderConfig):
+        for key, value in (("init", config.init), ("compute", config.compute)):
+            if value != TrainConfig.model_fields[key].default:
+                raise UserError(f"{key} is for an MM-DiT: objective.kind={objective.kind} has no use for it")
         images = ImageDataset(data, seed, rejected)
         return images, AutoencoderObjective(objective, images, seed, device)
     raise UserError(f"objective.kind={objective.kind} does not train on data.kind={data.kind}")

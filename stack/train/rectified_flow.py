@@ -5,6 +5,8 @@ Shapes: B batch · C channels · H W height, width of the latent · L text token
 
 from __future__ import annotations
 
+import math
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
@@ -18,6 +20,9 @@ from stack.data.dataset import LatentBatch, LatentDataset
 from stack.flow import path
 from stack.flow.noise import Draws
 from stack.flow.timesteps import TimestepConfig
+from stack.models import convert
+from stack.models.compute import ComputeConfig, configure
+from stack.models.flops import flops_per_sample
 from stack.models.mmdit import MMDiT, MMDiTConfig
 from stack.text.conditioning import EncodedText, join
 from stack.text.encoders import TextConfig, TextEncoders, fingerprints
@@ -65,10 +70,28 @@ def encoder_fingerprints(text: TextConfig, autoencoder: str) -> dict[str, str]:
     return {"autoencoder": fingerprint(autoencoder), **fingerprints(text)}
 
 
+def _read(path: Path, config: MMDiTConfig) -> MMDiT:
+    """The model in `path`, in float32; UserError where it is not the one that the configuration describes."""
+    network, found = convert.load(path, torch.float32)
+    keys = [key for key in MMDiTConfig.model_fields if key != "preset" and getattr(found, key) != getattr(config, key)]
+    if keys:
+        has, wanted = ({key: getattr(c, key) for key in keys} for c in (found, config))
+        raise UserError(f"init.from={path} is another model than objective.model: it has {has}, expected {wanted}")
+    return network
+
+
 class RectifiedFlow:
     """Velocity matching: mean square of v − (ε − x_0), which is SD3's w_t = t/(1−t)·π(t) on the ε error."""
 
-    def __init__(self, config: RectifiedFlowConfig, data: LatentDataset, seed: int, device: torch.device):
+    def __init__(
+        self,
+        config: RectifiedFlowConfig,
+        data: LatentDataset,
+        seed: int,
+        device: torch.device,
+        compute: ComputeConfig,
+        init: Path | None = None,
+    ):
         manifest = data.manifest
         self._encoders = encoder_fingerprints(config.text, config.autoencoder)
         manifest.check(data.folder, self._encoders, config.text)
@@ -84,8 +107,11 @@ class RectifiedFlow:
         self._check_widths(config, manifest.empty_text)
         self._device = device
         self._sampler: Sampler | None = None
-        self.network: nn.Module = MMDiT(config.model)
-        self.network.init_weights(seed)
+        network = _read(init, config.model) if init else MMDiT(config.model)
+        if init is None:
+            network.init_weights(seed)
+        configure(network, compute)
+        self.network: nn.Module = network
 
     @staticmethod
     def _check_widths(config: RectifiedFlowConfig, text: EncodedText) -> None:
@@ -106,12 +132,17 @@ class RectifiedFlow:
         latent = draw(Moments(batch.mean_BCHW, batch.logvar_BCHW), posterior, self._affine)
         return path.interpolate(latent, noise, t_B), path.velocity(latent, noise)
 
-    def _error_B(self, network: nn.Module, batch: LatentBatch, draws: Draws, t_B: Tensor, **keep: Tensor) -> Tensor:
+    def _error_B(
+        self, network: nn.Module, batch: LatentBatch, draws: Draws, t_B: Tensor, **keep: Tensor
+    ) -> tuple[Tensor, int]:
+        """Of each sample, and the floating-point operations that it took, forward and backward."""
         x_BCHW, target_BCHW = self._noised(batch, draws, t_B)
         guidance_B = torch.full_like(t_B, self._config.guidance) if self._config.model.guidance_embedding else None
         context = join(batch.text, self._config.model.context_dim, **keep)
         velocity_BCHW = network(x_BCHW, t_B, *context, guidance_B)
-        return (velocity_BCHW.float() - target_BCHW).square().flatten(1).mean(1)
+        num_image = math.prod(x_BCHW.shape[2:]) // self._config.model.patch_size**2
+        flop = sum(flops_per_sample(self._config.model, num_image, length)[1] for length in context.lengths)
+        return (velocity_BCHW.float() - target_BCHW).square().flatten(1).mean(1), flop
 
     def loss(self, network: nn.Module, batch: LatentBatch, draws: Draws) -> Losses:
         device = batch.mean_BCHW.device
@@ -122,12 +153,13 @@ class RectifiedFlow:
             f"keep_{name}_B": keep_any_B & (draws.uniform(f"keep_{name}") >= getattr(dropout, name))
             for name in ("t5", "clip_l", "clip_g")
         }
-        return Losses(self._error_B(network, batch, draws, t_B, **keep).mean())
+        error_B, flop = self._error_B(network, batch, draws, t_B, **keep)
+        return Losses(error_B.mean(), flop=flop)
 
     def validate(self, network: nn.Module, batch: LatentBatch, draws: Draws) -> Tensor:
         """One level a sample, t = i/8 with i its place in the set modulo 8 (MLPerf Training v5.1's rule)."""
         levels = torch.tensor([position % 8 / 8 for position in batch.positions], device=batch.mean_BCHW.device)
-        return self._error_B(network, batch, draws, levels)
+        return self._error_B(network, batch, draws, levels)[0]
 
     def preview(self, network: nn.Module) -> Image:
         assert isinstance(network, MMDiT)

@@ -1,0 +1,57 @@
+"""How an MM-DiT is computed: its attention, its compilation, and what its backward pass computes again.
+
+None of it changes what the model is: a snapshot does not know of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal
+
+from pydantic import PositiveInt
+from torch.utils.checkpoint import create_selective_checkpoint_contexts, noop_context_fn
+
+from stack.config import Config
+from stack.models.mmdit import Block, MMDiT
+from stack.nn.attention import Backend
+
+
+class ComputeConfig(Config):
+    attention: Backend = "auto"
+    """auto takes the fastest that runs here; another that does not run here is an error."""
+    compile: bool = False
+    """torch.compile, one kind of block at a time: all blocks of a kind share one compilation, whatever the
+    captions' lengths."""
+    recompute: Literal["none", "all", "selective"] = "none"
+    """What the backward pass computes again instead of keeping it in memory. all: a block's whole forward pass
+    (arXiv 1604.06174). selective: all but attention, whose result is kept."""
+    recompute_every: PositiveInt = 1
+    """Of every so many blocks, one is computed again."""
+
+
+def configure(model: MMDiT, config: ComputeConfig) -> None:
+    """Make `model` compute as `config` says."""
+    model.attention = config.attention
+    contexts = {"none": None, "all": noop_context_fn, "selective": _selective()}[config.recompute]
+    blocks = [block for block in model.modules() if isinstance(block, Block)]
+    for number, block in enumerate(blocks):
+        block.recompute = contexts if number % config.recompute_every == 0 else None
+        if config.compile:
+            block.compile(dynamic=True)
+
+
+def _selective() -> Callable[[], Any]:
+    """Keeps the results of attention, whichever operator computes it."""
+    import torch.nn.attention.varlen
+
+    aten = torch.ops.aten
+    kept = [
+        torch.ops.mmdit.attend_samples.default,
+        torch.ops.torch_attn._varlen_attn.default,
+        aten._scaled_dot_product_flash_attention_for_cpu.default,
+        aten._scaled_dot_product_flash_attention.default,
+        aten._scaled_dot_product_efficient_attention.default,
+        aten._scaled_dot_product_cudnn_attention.default,
+    ]
+    return partial(create_selective_checkpoint_contexts, kept)
