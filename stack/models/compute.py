@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any, Literal
 
 from pydantic import PositiveInt
-from torch.utils.checkpoint import create_selective_checkpoint_contexts, noop_context_fn
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 from stack.config import Config
 from stack.models.mmdit import Block, MMDiT
@@ -33,10 +33,10 @@ class ComputeConfig(Config):
 def configure(model: MMDiT, config: ComputeConfig) -> None:
     """Make `model` compute as `config` says."""
     model.attention = config.attention
-    contexts = {"none": None, "all": noop_context_fn, "selective": _selective()}[config.recompute]
+    recompute = {"none": None, "all": {}, "selective": {"context_fn": _selective()}}[config.recompute]
     blocks = [block for block in model.modules() if isinstance(block, Block)]
     for number, block in enumerate(blocks):
-        block.recompute = contexts if number % config.recompute_every == 0 else None
+        block.recompute = recompute if number % config.recompute_every == 0 else None
         if config.compile:
             block.compile(dynamic=True)
 

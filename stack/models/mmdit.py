@@ -194,17 +194,17 @@ class LastText(nn.Module):
 
 
 class Block(nn.Module):
-    """One of the network's blocks; `recompute` says what its backward pass computes again, see stack.models.compute."""
+    """One of the network's blocks; `recompute` are the arguments of `checkpoint`, see stack.models.compute.
 
-    recompute: Callable[[], Any] | None = None
+    Each kind has a `forward` of its own, since that is what compilations are kept by.
+    """
 
-    def forward(self, *args: Any) -> Any:
+    recompute: dict[str, Any] | None = None
+
+    def _keeping(self, run: Callable[..., Any], *args: Any) -> Any:
         if self.recompute is None or not torch.is_grad_enabled():
-            return self.run(*args)
-        return checkpoint(self.run, *args, use_reentrant=False, context_fn=self.recompute, preserve_rng_state=False)
-
-    def run(self, *args: Any) -> Any:
-        raise NotImplementedError
+            return run(*args)
+        return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False, **self.recompute)
 
 
 class DoubleBlock(Block):
@@ -216,7 +216,10 @@ class DoubleBlock(Block):
         self.img = Stream(config, image_attention=index < config.image_attention)
         self.txt = LastText(config) if last else Stream(config)
 
-    def run(
+    def forward(self, *args: Any) -> tuple[Tensor, Tensor]:
+        return self._keeping(self._run, *args)
+
+    def _run(
         self, img_BND: Tensor, txt_BLD: Tensor, vec_BD: Tensor, layout: Layout, rotation: Rotation | None
     ) -> tuple[Tensor, Tensor]:
         img_vectors = self.img.modulation(vec_BD)[:, None]
@@ -243,7 +246,10 @@ class SingleBlock(Block):
         self.heads = Heads(config)
         self.outer = Linear(width + hidden, width)
 
-    def run(self, x_BSD: Tensor, vec_BD: Tensor, layout: Layout, rotation: Rotation | None) -> Tensor:
+    def forward(self, *args: Any) -> Tensor:
+        return self._keeping(self._run, *args)
+
+    def _run(self, x_BSD: Tensor, vec_BD: Tensor, layout: Layout, rotation: Rotation | None) -> Tensor:
         shift, scale, gate = layout.for_joint(self.modulation(vec_BD)).chunk(3, dim=-1)
         qkv, hidden = self.inner(modulated_norm(x_BSD, shift, scale)).split(self.sizes, dim=-1)
         q, k, v = self.heads(qkv, rotation)
@@ -304,8 +310,10 @@ class MMDiT(nn.Module):
         backend = choose(self.attention, weight.device, weight.dtype, config.head_size, torch.is_grad_enabled())
         layout = Layout.of(lengths, height * width, weight.device, backend)
 
-        img_BND = self.img_in(patchify(latent_BCHW.to(weight.dtype), config.patch_size))
-        txt_BLD = layout.text_rows(self.txt_in(context_TD.to(weight.dtype)), len(lengths))
+        # Cloned, since a linear layer returns a view, and a compiled block takes that for another kind of input than
+        # what the block before it returns.
+        img_BND = self.img_in(patchify(latent_BCHW.to(weight.dtype), config.patch_size)).clone()
+        txt_BLD = self.txt_in(layout.text_rows(context_TD.to(weight.dtype), len(lengths))).clone()
         vec_BD = F.silu(self._vector(t_B, pooled_BD, guidance_B))
         rotation = None
         if config.rope_axes:

@@ -153,16 +153,16 @@ class _Spread(torch.autograd.Function):
 def interleave(txt: Tensor, img: Tensor, starts: Tensor) -> Tensor:
     """Text [1, T, …] and images [B, N, …] → [1, S, …], each sample's text before its image."""
     lengths = (starts.diff() - img.shape[1]).tolist()
-    return torch.cat([piece for pair in zip(txt[0].split(lengths), img, strict=True) for piece in pair])[None]
+    return torch.cat([piece for pair in zip(txt.split(lengths, 1), img.split(1), strict=True) for piece in pair], 1)
 
 
 @torch.library.custom_op("mmdit::separate", mutates_args=())
 def separate(joint: Tensor, starts: Tensor, num_image: int) -> tuple[Tensor, Tensor]:
     """The inverse of `interleave`."""
-    samples = joint[0].split(starts.diff().tolist())
+    samples = joint.split(starts.diff().tolist(), 1)
     return (
-        torch.cat([sample[:-num_image] for sample in samples])[None],
-        torch.stack([sample[-num_image:] for sample in samples]),
+        torch.cat([sample[:, :-num_image] for sample in samples], 1),
+        torch.cat([sample[:, -num_image:] for sample in samples]),
     )
 
 
