@@ -48,10 +48,10 @@ class Benchmark:
         """By name, in the order of the report."""
         return {
             "step, SD3 / padded to 333": partial(self._step, "sd3", False, False, 2.0),
-            "step, SD3 / padded to 333, both compiled": partial(self._step, "sd3", False, True, 1.7),
+            "compiled, SD3 / padded to 333": partial(self._step, "sd3", False, True, 1.7),
             "step, FLUX / padded to 256": partial(self._step, "flux", False, False, 1.6),
             "step, SD3, equal tokens": partial(self._step, "sd3", True, False, 1.0),
-            "step, SD3, equal tokens, both compiled": partial(self._step, "sd3", True, True, 1.0),
+            "compiled, SD3, equal tokens": partial(self._step, "sd3", True, True, 1.0),
             "step, FLUX, equal tokens": partial(self._step, "flux", True, False, 1.0),
             "compilation, SD3 / as a whole": partial(self._compilation, "whole", 3.0),
             "compilation, SD3 / each block": partial(self._compilation, "blocks", None),
@@ -60,9 +60,9 @@ class Benchmark:
             "sampling, 20 steps, guided / diffusers": self._sampling,
             "AdamW and EMA / EMAModel": self._optimizer,
             "EMA / AveragedModel": self._ema,
-            "peak of a step, SD3": partial(self._peak, "step", True),
-            "peak of a step, SD3, recomputed": partial(self._peak, "recompute", True),
-            "peak of a step, SD3 / padded to 333": partial(self._peak, "step", False),
+            "peak memory, SD3, equal tokens": partial(self._peak, "step", True),
+            "peak memory, SD3, equal tokens, recomputed": partial(self._peak, "recompute", True),
+            "peak memory, SD3 / padded to 333": partial(self._peak, "step", False),
         }
 
     def run(self, name: str) -> Row:
@@ -281,6 +281,8 @@ def _nested(qkv: Tensor, lengths: Sequence[int]) -> Callable[[], Tensor]:
     parts = [torch.nested.nested_tensor_from_jagged(x[0].detach(), offsets).requires_grad_() for x in qkv]
 
     def call() -> Tensor:
+        for part in parts:
+            part.grad = None
         q, k, v = (part.transpose(1, 2) for part in parts)
         return torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).values()[None]
 
