@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
@@ -15,6 +16,9 @@ import yaml
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before Triton's first import, or it compiles for a GPU
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

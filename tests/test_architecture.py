@@ -57,6 +57,7 @@ def test_imports_point_one_way(path):
         ("open_clip", "stack/text/encoders.py"),
         ("diffusers", "autoencoders/codec.py"),
         ("wandb", "stack/log.py"),
+        ("triton", "stack/nn/kernels/fused.py"),
     ],
 )
 def test_a_heavy_library_has_one_home(module, home):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from stack.config import UserError
 from stack.models.mmdit import MMDiT, MMDiTConfig
+from stack.nn.kernels import gated_residual, modulated_norm, norm_rotate
 from stack.nn.linear import decay_groups
 
 PRESETS = ("mmdit-test", "flux-test")
@@ -96,6 +97,21 @@ def test_guidance_is_an_input_where_the_model_was_distilled_from_it() -> None:
         model(*batch)
     with pytest.raises(ValueError, match="guidance_embedding=False does not take a guidance"):
         randomised(MMDiTConfig.from_preset("flux-test"))(*batch, torch.ones(3))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter is for machines without a GPU")
+def test_both_forms_of_the_kernels_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In all places that a block calls them from, with captions of different lengths in a row."""
+    pytest.importorskip("triton")
+    config = MMDiTConfig.from_preset("flux-test", depth=1, single_depth=1)
+    model, batch = randomised(config, torch.float64), inputs(config, (4, 4), (2, 1, 1), torch.float64)
+    results = []
+    for fused in (False, True):
+        for module in (gated_residual, modulated_norm, norm_rotate):
+            monkeypatch.setattr(module, "runs_fused", lambda x, fused=fused: fused)
+        velocity = model(*batch)
+        results.append([velocity, *torch.autograd.grad(velocity.square().sum(), list(model.parameters()))])
+    assert all(relative(triton, plain) < 1e-12 for plain, triton in zip(*results, strict=True))
 
 
 @pytest.mark.parametrize("preset", PRESETS)

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from stack.nn.kernels import runs_fused
 from stack.nn.rope import Rotation, rotate
 
 EPS = 1e-6
@@ -19,6 +20,10 @@ def norm_rotate(x_BSAE: Tensor, weight_E: Tensor, rotation: Rotation | None) -> 
 
     Computed in float32 or wider.
     """
+    if runs_fused(x_BSAE):
+        from stack.nn.kernels.fused import NormRotate
+
+        return NormRotate.apply(x_BSAE, weight_E, *(rotation or (None, None)), EPS)
     wide = torch.promote_types(x_BSAE.dtype, torch.float32)
     normed = F.rms_norm(x_BSAE.to(wide), weight_E.shape, weight_E.to(wide), EPS)
     return (normed if rotation is None else rotate(normed, rotation)).to(x_BSAE.dtype)
