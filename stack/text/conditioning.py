@@ -27,7 +27,7 @@ class EncodedText:
     t5: Tensor | None  # [L_t5, D_t5]
     clip_l: Tensor | None  # [L_clip, D_l], second to last layer, without the final LayerNorm
     clip_g: Tensor | None  # [L_clip, D_g], likewise
-    pooled: Tensor  # [D_l + D_g], the projected EOT states of CLIP-L and bigG
+    pooled: Tensor  # [D_l + D_g], the EOT states of CLIP-L and bigG, projected or not
 
     def fits(self) -> bool:
         """Whether both CLIPs have the same number of tokens, as joining them by channel needs."""

@@ -1,7 +1,8 @@
 """Frozen T5 and CLIP text encoders behind one interface: captions in, one `EncodedText` each out.
 
 The only module that imports transformers and open_clip. CLIP gives the hidden states of the second to last layer
-without the final LayerNorm, and the EOT state after the final LayerNorm, projected (SD3, arXiv 2403.03206).
+without the final LayerNorm, and the EOT state after the final LayerNorm, projected (SD3, arXiv 2403.03206) or as it is
+(FLUX.1).
 
 Shape suffixes: B batch · L text tokens · D width.
 """
@@ -47,13 +48,15 @@ class TextConfig(Config):
     clip_tokens: bool = True
     """Whether CLIP's tokens stand in the context beside T5's, as in SD3. Without them CLIP gives the pooled vector
     alone, as in FLUX: half the text tokens, which is a good part of a step where images are small."""
+    clip_projection: bool = True
+    """Whether the pooled vector has gone through CLIP's projection, as in SD3; FLUX takes the EOT state before it."""
     pad: Pad = "trim"
     batch_size: int = pydantic.Field(default=64, ge=1)
 
     @property
     def form(self) -> dict[str, Any]:
         """All that decides, beside the encoders, what is kept of a caption."""
-        return {key: getattr(self, key) for key in ("pad", "t5_max_tokens", "clip_tokens")}
+        return {key: getattr(self, key) for key in ("pad", "t5_max_tokens", "clip_tokens", "clip_projection")}
 
     @pydantic.model_validator(mode="after")
     def _needs_a_clip(self) -> TextConfig:
@@ -204,7 +207,7 @@ def _load(name: str, folder: Path, config: TextConfig, device: torch.device, dty
     files = _files(name, folder)
     build = _load_t5 if name == "t5" else _load_open_clip if files[0].name == _OPEN_CLIP_CONFIG else _load_clip
     try:
-        model, forward, dim = build(folder, dtype)
+        model, forward, dim = build(folder, dtype, config.clip_projection)
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise UserError(f"text.{name}: {folder} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
     model.requires_grad_(False).eval().to(device)
@@ -224,7 +227,7 @@ def _tokenize(vocabulary: Path, max_tokens: int) -> Tokenize:
     return lambda caption: [bpe.sot_token_id, *bpe.encode(caption)[: max_tokens - 2], bpe.eot_token_id]
 
 
-def _load_t5(folder: Path, dtype: torch.dtype) -> tuple[nn.Module, Forward, int]:
+def _load_t5(folder: Path, dtype: torch.dtype, projected: bool) -> tuple[nn.Module, Forward, int]:
     model = _from_pretrained(_transformers().T5EncoderModel, folder, dtype)
 
     def forward(ids_BL: Tensor, length_B: Tensor, masked: bool) -> tuple[Tensor, None]:
@@ -234,25 +237,29 @@ def _load_t5(folder: Path, dtype: torch.dtype) -> tuple[nn.Module, Forward, int]
     return model, forward, model.config.d_model
 
 
-def _load_clip(folder: Path, dtype: torch.dtype) -> tuple[nn.Module, Forward, int]:
-    model = _from_pretrained(_transformers().CLIPTextModelWithProjection, folder, dtype)
-    _require_equal_widths(model.config.hidden_size, model.config.projection_dim)
+def _load_clip(folder: Path, dtype: torch.dtype, projected: bool) -> tuple[nn.Module, Forward, int]:
+    library = _transformers()
+    model_class = library.CLIPTextModelWithProjection if projected else library.CLIPTextModel
+    model = _from_pretrained(model_class, folder, dtype)
+    if projected:
+        _require_equal_widths(model.config.hidden_size, model.config.projection_dim)
 
     def forward(ids_BL: Tensor, length_B: Tensor, masked: bool) -> tuple[Tensor, Tensor]:
         output = model(ids_BL, output_hidden_states=True)
-        return output.hidden_states[-2], output.text_embeds
+        return output.hidden_states[-2], output.text_embeds if projected else output.pooler_output
 
     return model, forward, model.config.hidden_size
 
 
-def _load_open_clip(folder: Path, dtype: torch.dtype) -> tuple[nn.Module, Forward, int]:
+def _load_open_clip(folder: Path, dtype: torch.dtype, projected: bool) -> tuple[nn.Module, Forward, int]:
     import open_clip
 
     model: Any = open_clip.create_model(f"local-dir:{folder}", require_pretrained=True)
     del model.visual
     text = getattr(model, "text", model).to(dtype)
     width = text.token_embedding.embedding_dim
-    _require_equal_widths(width, text.text_projection.shape[1])
+    if projected:
+        _require_equal_widths(width, text.text_projection.shape[1])
 
     def forward(ids_BL: Tensor, length_B: Tensor, masked: bool) -> tuple[Tensor, Tensor]:
         num_tokens = ids_BL.shape[1]
@@ -260,7 +267,8 @@ def _load_open_clip(folder: Path, dtype: torch.dtype) -> tuple[nn.Module, Forwar
         causal_LL = text.attn_mask[:num_tokens, :num_tokens]
         last_BLD, hidden = text.transformer.forward_intermediates(hidden_BLD, attn_mask=causal_LL)
         eot_BD = last_BLD[torch.arange(len(ids_BL), device=ids_BL.device), length_B - 1]
-        return hidden[-2], text.ln_final(eot_BD) @ text.text_projection
+        pooled_BD = text.ln_final(eot_BD)
+        return hidden[-2], pooled_BD @ text.text_projection if projected else pooled_BD
 
     return text, forward, width
 
