@@ -29,9 +29,9 @@ from stack.text.conditioning import EncodedText, Pad
 NAMES = ("t5", "clip_l", "clip_g")
 CLIP_TOKENS = 77
 
-_PAD_IDS = {"t5": 0, "clip_l": 49407, "clip_g": 0}  # as the published models were trained
-_OPEN_CLIP_CONFIG = "open_clip_config.json"
-_OPEN_CLIP_WEIGHTS = "open_clip_model.safetensors"
+PAD_IDS = {"t5": 0, "clip_l": 49407, "clip_g": 0}  # as the published models were trained
+OPEN_CLIP_CONFIG = "open_clip_config.json"
+OPEN_CLIP_WEIGHTS = "open_clip_model.safetensors"
 
 
 class TextConfig(Config):
@@ -95,7 +95,7 @@ class TextEncoders:
         self.device = torch.device(device)
         with torch.random.fork_rng(devices=[]):  # the libraries draw weights before they load them
             self._encoders = {
-                name: _load(name, folder, config, self.device, dtype) for name, folder in _folders(config).items()
+                name: _load(name, folder, config, self.device, dtype) for name, folder in folders(config).items()
             }
         self.dims = {name: encoder.dim for name, encoder in self._encoders.items()}
 
@@ -137,13 +137,14 @@ class TextEncoders:
 
 def fingerprints(config: TextConfig) -> dict[str, str]:
     """sha256 by encoder over the bytes of its configuration, weights and tokenizer. Loads no weights."""
-    return {name: _fingerprint(name, folder) for name, folder in _folders(config).items()}
+    return {name: _fingerprint(name, folder) for name, folder in folders(config).items()}
 
 
 # Files
 
 
-def _folders(config: TextConfig) -> dict[str, Path]:
+def folders(config: TextConfig) -> dict[str, Path]:
+    """Local folder by encoder, of those that are present. Raises UserError where one is not to be had."""
     return {name: _folder(name, source) for name in NAMES if (source := getattr(config, name)) is not None}
 
 
@@ -155,10 +156,10 @@ def _folder(name: str, source: str) -> Path:
     from huggingface_hub.errors import HFValidationError
 
     repository = source.removeprefix("hf-hub:")
-    wanted = ["config.json", "tokenizer.json", _OPEN_CLIP_CONFIG]
+    wanted = ["config.json", "tokenizer.json", OPEN_CLIP_CONFIG]
     try:
         folder = Path(snapshot_download(repository, allow_patterns=wanted))
-        weights = _OPEN_CLIP_WEIGHTS if (folder / _OPEN_CLIP_CONFIG).is_file() else "model*.safetensors*"
+        weights = OPEN_CLIP_WEIGHTS if (folder / OPEN_CLIP_CONFIG).is_file() else "model*.safetensors*"
         return Path(snapshot_download(repository, allow_patterns=[*wanted, weights]))
     except (OSError, HFValidationError):
         raise UserError(f"text.{name}: {source!r} is no local folder, nor a hub id that can be reached") from None
@@ -166,8 +167,8 @@ def _folder(name: str, source: str) -> Path:
 
 def _files(name: str, folder: Path) -> list[Path]:
     """Configuration, weights and tokenizer: what `_load` reads, and what the fingerprint covers."""
-    if name != "t5" and (folder / _OPEN_CLIP_CONFIG).is_file():
-        files = [folder / _OPEN_CLIP_CONFIG, folder / _OPEN_CLIP_WEIGHTS]
+    if name != "t5" and (folder / OPEN_CLIP_CONFIG).is_file():
+        files = [folder / OPEN_CLIP_CONFIG, folder / OPEN_CLIP_WEIGHTS]
     else:
         weights = sorted(folder.glob("model*.safetensors")) or [folder / "model.safetensors"]
         files = [folder / "config.json", *weights]
@@ -185,6 +186,28 @@ def _clip_vocabulary(folder: Path) -> Path:
     from open_clip.tokenizer import default_bpe
 
     return Path(default_bpe())
+
+
+def write_clip_tokenizer(folder: Path, pad_id: int) -> None:
+    """open_clip's BPE as transformers' CLIPTokenizer: the same ids, but that open_clip mends curly quotes first."""
+    from open_clip.tokenizer import SimpleTokenizer
+
+    bpe = SimpleTokenizer()
+    theirs = {bpe.sot_token_id: "<|startoftext|>", bpe.eot_token_id: "<|endoftext|>"}
+    vocabulary = {theirs.get(index, token): index for token, index in bpe.encoder.items()}
+    merges = list(bpe.bpe_ranks)
+    tokenizer = _transformers().CLIPTokenizer(
+        vocab=vocabulary,
+        merges=merges,
+        pad_token=next(token for token, index in vocabulary.items() if index == pad_id),
+        model_max_length=CLIP_TOKENS,
+        split_special_tokens=True,  # a padding token "!" would otherwise be cut out of prompts
+    )
+    tokenizer.save_pretrained(folder)
+    # What transformers before 5 reads.
+    (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
+    lines = ["#version: 0.2", *(" ".join(merge) for merge in merges)]
+    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def _fingerprint(name: str, folder: Path) -> str:
@@ -205,14 +228,14 @@ def _load(name: str, folder: Path, config: TextConfig, device: torch.device, dty
     from safetensors import SafetensorError
 
     files = _files(name, folder)
-    build = _load_t5 if name == "t5" else _load_open_clip if files[0].name == _OPEN_CLIP_CONFIG else _load_clip
+    build = _load_t5 if name == "t5" else _load_open_clip if files[0].name == OPEN_CLIP_CONFIG else _load_clip
     try:
         model, forward, dim = build(folder, dtype, config.clip_projection)
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise UserError(f"text.{name}: {folder} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
     model.requires_grad_(False).eval().to(device)
     max_tokens = config.t5_max_tokens if name == "t5" else CLIP_TOKENS
-    return _Encoder(_tokenize(files[-1], max_tokens), forward, dim, _PAD_IDS[name], max_tokens)
+    return _Encoder(_tokenize(files[-1], max_tokens), forward, dim, PAD_IDS[name], max_tokens)
 
 
 def _tokenize(vocabulary: Path, max_tokens: int) -> Tokenize:
@@ -380,8 +403,8 @@ def _write_untrained_open_clip(folder: Path, generator: torch.Generator) -> None
     model = CLIP(**config)
     _randomize(model, generator)
     folder.mkdir(parents=True)
-    (folder / _OPEN_CLIP_CONFIG).write_text(json.dumps({"model_cfg": config}, indent=2) + "\n")
-    save_file(model.half().state_dict(), folder / _OPEN_CLIP_WEIGHTS)
+    (folder / OPEN_CLIP_CONFIG).write_text(json.dumps({"model_cfg": config}, indent=2) + "\n")
+    save_file(model.half().state_dict(), folder / OPEN_CLIP_WEIGHTS)
 
 
 # Standard deviations by name, else 1/√(fan-in): unit-scale features in which a token is seen before its neighbours.
