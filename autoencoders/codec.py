@@ -56,7 +56,7 @@ class Codec(nn.Module):
         """
         from diffusers import AutoencoderKL
 
-        folder = _folder(path)
+        folder = folder_of(path)
         try:
             vae, info = AutoencoderKL.from_pretrained(
                 folder, torch_dtype=dtype, low_cpu_mem_usage=False, use_safetensors=True, output_loading_info=True
@@ -115,7 +115,7 @@ class Codec(nn.Module):
         self.vae.save_pretrained(folder)
 
 
-def _folder(path: str) -> Path:
+def folder_of(path: str) -> Path:
     """The local folder of an autoencoder; a hub id's files are fetched into the hub's cache.
 
     Raises FileNotFoundError where there is neither config.json nor safetensors.
@@ -138,7 +138,7 @@ def _folder(path: str) -> Path:
 
 def fingerprint(path: str) -> str:
     """sha256 over config and weights of an autoencoder. Raises FileNotFoundError where there is none."""
-    folder = _folder(path)
+    folder = folder_of(path)
     digest = hashlib.sha256()
     for file in [folder / "config.json", *sorted(folder.glob("*.safetensors"))]:
         digest.update(file.name.encode())

@@ -1,9 +1,12 @@
-"""How files of this stack come to be: written under a temporary name and renamed; locks that die with their holder."""
+"""How files of this stack come to be: written under a temporary name and renamed, or copied; locks that die with their
+holder."""
 
 from __future__ import annotations
 
 import fcntl
+import json
 import os
+import shutil
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,6 +32,18 @@ def publish(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def copy_model(source: Path, out: Path, stem: str) -> None:
+    """config.json and the safetensors called `stem`, one or those that its index names, into the folder `out`."""
+    index, names = f"{stem}.safetensors.index.json", ["config.json"]
+    if (source / index).is_file() and not (source / f"{stem}.safetensors").is_file():
+        names += [index, *sorted(set(json.loads((source / index).read_text())["weight_map"].values()))]
+    else:
+        names.append(f"{stem}.safetensors")
+    out.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        shutil.copyfile(source / Path(name).name, out / Path(name).name)
 
 
 @contextmanager

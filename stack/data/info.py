@@ -170,12 +170,12 @@ def _doubling(counter: Counter[int]) -> list[list[int | None]]:
 
 
 def _manifest(manifest: Manifest) -> dict[str, Any]:
-    shown = ("pad", "t5_max_tokens", "clip_tokens", "dtype", "t5_dtype", "captions", "scale", "shift")
-    latent = ("latent_channels", "latent_factor", "latent_mean", "latent_std", "samples", "rejected")
+    text = ("pad", "t5_max_tokens", "clip_tokens", "clip_projection", "dtype", "t5_dtype", "captions")
+    latent = ("scale", "shift", "latent_channels", "latent_factor", "latent_mean", "latent_std", "samples", "rejected")
     return {
         "source": manifest.source[:_SHOWN_DIGITS],
         "encoders": {name: digest[:_SHOWN_DIGITS] for name, digest in manifest.encoders.items()},
-        **{name: getattr(manifest, name) for name in (*shown, *latent)},
+        **{name: getattr(manifest, name) for name in (*text, *latent)},
     }
 
 
@@ -216,13 +216,15 @@ def _manifest_lines(facts: dict[str, Any]) -> list[str]:
     encoders = ", ".join(f"{name} {digest}" for name, digest in facts["encoders"].items())
     t5_dtype = f", T5 in {facts['t5_dtype']}" if facts["t5_dtype"] else ""
     clip = "with" if facts["clip_tokens"] else "without"
+    pooled = "projected" if facts["clip_projection"] else "not projected"
     latent = f"{facts['latent_channels']} channels at 1/{facts['latent_factor']} of the side"
     return [
         f"encoders: {encoders}",
         f"source: {facts['source']}",
         f"stored in {facts['dtype']}{t5_dtype}; captions: {', '.join(facts['captions'])}; {facts['samples']:,} samples "
         f"of the manifest, {facts['rejected']:,} left out",
-        f"text: pad {facts['pad']}, at most {facts['t5_max_tokens']} tokens of T5, {clip} CLIP's tokens",
+        f"text: pad {facts['pad']}, at most {facts['t5_max_tokens']} tokens of T5, {clip} CLIP's tokens; pooled vector "
+        f"{pooled}",
         f"latent: {latent}, scale {facts['scale']:.6g}, shift {facts['shift']:.6g}",
         f"  mean a channel: {' '.join(f'{value:.3g}' for value in facts['latent_mean'])}",
         f"  standard deviation: {' '.join(f'{value:.3g}' for value in facts['latent_std'])}",

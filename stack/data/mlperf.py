@@ -1,7 +1,7 @@
 """MLPerf Training's pre-encoded data for FLUX.1 (v5.1), as a source: KEY.json and four members of raw bfloat16.
 
 .mean.bytes and .logvar.bytes hold the latent's moments [16, s, s], .t5.bytes T5-XXL's embeddings [L, 4096], padded and
-encoded without a mask, .clip.bytes CLIP-L's pooled vector [768].
+encoded without a mask, .clip.bytes CLIP-L's pooled vector [768], not projected.
 """
 
 from __future__ import annotations

@@ -97,6 +97,7 @@ class Manifest(Config):
     pad: Literal["trim", "full"]
     t5_max_tokens: int
     clip_tokens: bool
+    clip_projection: bool = True
     buckets: list[tuple[int, int]]
     """(width, height) in pixels."""
     dtype: Literal["bfloat16", "float32"]

@@ -9,9 +9,9 @@ import torch
 from autoencoders.codec import Codec
 from stack.config import UserError
 from stack.models.mmdit import MMDiT, MMDiTConfig
-from stack.text.encoders import TextConfig, TextEncoders
+from stack.text.encoders import TextEncoders
 from stack.train import snapshot
-from stack.train.rectified_flow import encoder_fingerprints
+from stack.train.rectified_flow import check_encoders
 from stack.train.sampler import Sampler
 
 
@@ -25,14 +25,9 @@ def load_sampler(
     snap = snapshot.read(run, step)
     if snap.metadata["kind"] != "rectified_flow":
         raise UserError(f"{run}: a run of kind {snap.metadata['kind']!r} does not draw images from prompts")
-    text, autoencoder = TextConfig(**snap.metadata["text"]), snap.metadata["autoencoder"]
-    for name, value in encoder_fingerprints(text, autoencoder).items():
-        if snap.metadata["encoders"].get(name) != value:
-            raise UserError(
-                f"{snap.path}: trained with {name} {snap.metadata['encoders'].get(name)}, found {value}: "
-                "restore the encoder that made the training data"
-            )
+    text = check_encoders(snap)
     network = MMDiT(MMDiTConfig(**snap.metadata["model"]))
     network.load_state_dict(snap.weights)
     network = network.to(device).eval()
-    return Sampler(network, Codec.load(autoencoder).to(device), text.pad), TextEncoders(text, device), snap
+    codec = Codec.load(snap.metadata["autoencoder"]).to(device)
+    return Sampler(network, codec, text.pad), TextEncoders(text, device), snap

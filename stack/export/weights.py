@@ -1,61 +1,121 @@
-"""Export of a run's averaged weights: an MM-DiT as safetensors with its configuration, an autoencoder as diffusers'."""
+"""Export of a run's averaged weights: an MM-DiT in this stack's form or others', an autoencoder as diffusers'."""
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+import yaml
 
 from autoencoders.codec import Affine
 from stack import config as configuration
 from stack import dist
 from stack.config import UserError
 from stack.data.dataset import ImageData, ImageDataset
+from stack.export import diffusers, single
+from stack.export.card import Subject
 from stack.files import publish
 from stack.flow.noise import NoisePlan
+from stack.models.mmdit import MMDiT, MMDiTConfig
 from stack.train import autoencoder, snapshot
 from stack.train.autoencoder import AutoencoderConfig
 from stack.train.recipe import TrainConfig
+from stack.train.rectified_flow import check_encoders
+
+Target = Literal["stack", "diffusers", "single"]
 
 
 def export(
-    run: Path, out: Path, step: int | None, num_samples: int, replace: bool, overrides: Sequence[str] = ()
+    run: Path,
+    out: Path,
+    step: int | None,
+    num_samples: int,
+    replace: bool,
+    overrides: Sequence[str] = (),
+    target: Target | None = None,
+    dtype: torch.dtype | None = None,
 ) -> dict[str, Any]:
-    """Write snapshot `step` (default: the newest) of `run` into the folder `out`, which appears by rename.
+    """Write snapshot `step` (default: the newest) of `run` to `out`, which appears by rename.
 
-    UserError where `out` exists and is not to be replaced.
+    UserError where `out` exists and is not to be replaced, and where the target cannot hold the run's model.
 
     num_samples: images over which an autoencoder's latent statistics are measured.  overrides: of the run's
-    configuration, dotted. Returns facts to show.
+    configuration, dotted.  target: an MM-DiT's form: "stack" (the default), "diffusers" (a pipeline's folder) or
+    "single" (a .safetensors in the authors' names).  dtype: of its weights; float32 if not given.
+    Returns facts to show.
     """
-    if out.exists() and not replace:
-        raise UserError(f"{out} exists already: name another folder, or give --replace")
+    _check_place(run, out, target, replace)
     snap = snapshot.read(run, step)
+    if snap.metadata["kind"] == "autoencoder":
+        if target is not None or dtype is not None:
+            raise UserError(f"{run}: --to and --dtype are for an MM-DiT's run, an autoencoder has one form")
+        config = configuration.load(TrainConfig, run / "config.yaml", overrides)
+        with _publish_folder(out) as partial:
+            return _autoencoder(config, snap, partial, num_samples)
+    dtype = dtype or torch.float32
+    if target in (None, "stack"):
+        with _publish_folder(out) as partial:
+            _stack(snap, partial, dtype)
+    else:
+        subject = _subject(run, snap)
+        if target == "single":
+            with publish(out) as temporary:
+                single.write(subject, temporary, dtype)
+        else:
+            with _publish_folder(out) as partial:
+                diffusers.write(subject, partial, dtype)
+    return {"step": snap.step, "parameters": sum(w.numel() for w in snap.weights.values())}
+
+
+def _check_place(run: Path, out: Path, target: Target | None, replace: bool) -> None:
+    if out.exists() and not replace:
+        raise UserError(f"{out} exists already: name another, or give --replace")
+    if (out.suffix == ".safetensors") != (target == "single"):
+        raise UserError(f"{out}: --to single writes a file, whose name ends in .safetensors, any other a folder")
+    if out.exists() and out.is_dir() == (target == "single"):
+        raise UserError(f"{out} is a {'folder' if out.is_dir() else 'file'}: name another place")
+    if run.resolve().is_relative_to(out.resolve()):
+        raise UserError(f"{out} holds the run itself: name another folder")
+
+
+@contextmanager
+def _publish_folder(out: Path) -> Iterator[Path]:
+    """A temporary folder beside `out`; on success it takes its place, with files of mode 0644, else it is removed."""
     partial = out.with_name(f".{out.name}.tmp")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    if snap.metadata["kind"] == "autoencoder":
-        config = configuration.load(TrainConfig, run / "config.yaml", overrides)
-        facts = _autoencoder(config, snap, partial, num_samples)
-    else:
-        facts = _mmdit(snap, partial)
-    for file in partial.iterdir():
-        file.chmod(0o644)
-    shutil.rmtree(out, ignore_errors=True)
-    partial.rename(out)
-    return facts
+    try:
+        yield partial
+        for file in partial.rglob("*"):
+            file.chmod(0o755 if file.is_dir() else 0o644)
+        shutil.rmtree(out, ignore_errors=True)
+        partial.rename(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
-def _mmdit(snap: snapshot.Snapshot, out: Path) -> dict[str, Any]:
+def _stack(snap: snapshot.Snapshot, out: Path, dtype: torch.dtype) -> None:
     from safetensors.torch import save_file
 
-    save_file(snap.weights, out / "model.safetensors", metadata={"config": json.dumps(snap.metadata)})
+    weights = {name: weight.to(dtype) for name, weight in snap.weights.items()}
+    save_file(weights, out / "model.safetensors", metadata={"config": json.dumps(snap.metadata)})
     (out / "config.json").write_text(json.dumps(snap.metadata, indent=1))
-    return {"step": snap.step, "parameters": sum(w.numel() for w in snap.weights.values())}
+
+
+def _subject(run: Path, snap: snapshot.Snapshot) -> Subject:
+    """UserError where an encoder is not the one of the training."""
+    with torch.device("meta"):
+        network = MMDiT(MMDiTConfig(**snap.metadata["model"]))
+    network.load_state_dict(snap.weights, assign=True)
+    samples, described = None, run / "config.yaml"
+    if described.is_file():
+        samples = snap.step * yaml.safe_load(described.read_text())["data"]["batch_size"]
+    return Subject(run, snap, network, check_encoders(snap), samples)
 
 
 @torch.inference_mode()

@@ -15,8 +15,8 @@ from torch import Tensor
 Pad = Literal["trim", "full"]
 
 # What is left of an empty caption: </s> of T5, <sot><eot> of CLIP.
-_EMPTY_T5_TOKENS = 1
-_EMPTY_CLIP_TOKENS = 2
+EMPTY_T5_TOKENS = 1
+EMPTY_CLIP_TOKENS = 2
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class EncodedText:
     t5: Tensor | None  # [L_t5, D_t5]
     clip_l: Tensor | None  # [L_clip, D_l], second to last layer, without the final LayerNorm
     clip_g: Tensor | None  # [L_clip, D_g], likewise
-    pooled: Tensor  # [D_l + D_g], the projected EOT states of CLIP-L and bigG
+    pooled: Tensor  # [D_l + D_g], the EOT states of CLIP-L and bigG, projected or not
 
     def fits(self) -> bool:
         """Whether both CLIPs have the same number of tokens, as joining them by channel needs."""
@@ -136,12 +136,12 @@ def join(
         keep_clip_B = torch.stack([keep_B for _, keep_B in clips]).any(dim=0)
         if clip_BLD.shape[1]:
             contexts.append(_widen(clip_BLD, context_dim))
-            reals.append(_real(batch.clip_length_B, keep_clip_B, _EMPTY_CLIP_TOKENS, clip_BLD.shape[1], batch.pad))
+            reals.append(_real(batch.clip_length_B, keep_clip_B, EMPTY_CLIP_TOKENS, clip_BLD.shape[1], batch.pad))
         parts = zip(pooled_BD.split(dims, dim=-1), clips, strict=True)
         pooled_BD = torch.cat([_drop(part_BD, keep_B) for part_BD, (_, keep_B) in parts], dim=-1)
     if batch.t5_BLD is not None:
         contexts.append(_widen(_drop(batch.t5_BLD, keep_t5_B), context_dim))
-        reals.append(_real(batch.t5_length_B, keep_t5_B, _EMPTY_T5_TOKENS, batch.t5_BLD.shape[1], batch.pad))
+        reals.append(_real(batch.t5_length_B, keep_t5_B, EMPTY_T5_TOKENS, batch.t5_BLD.shape[1], batch.pad))
     if not contexts:
         raise ValueError("no text encoder is present: there is nothing to join")
     context_BLD, real_BL = torch.cat(contexts, dim=1), torch.cat(reals, dim=1)

@@ -1,7 +1,8 @@
 """Frozen T5 and CLIP text encoders behind one interface: captions in, one `EncodedText` each out.
 
 The only module that imports transformers and open_clip. CLIP gives the hidden states of the second to last layer
-without the final LayerNorm, and the EOT state after the final LayerNorm, projected (SD3, arXiv 2403.03206).
+without the final LayerNorm, and the EOT state after the final LayerNorm, projected (SD3, arXiv 2403.03206) or as it is
+(FLUX.1).
 
 Shape suffixes: B batch · L text tokens · D width.
 """
@@ -28,9 +29,9 @@ from stack.text.conditioning import EncodedText, Pad
 NAMES = ("t5", "clip_l", "clip_g")
 CLIP_TOKENS = 77
 
-_PAD_IDS = {"t5": 0, "clip_l": 49407, "clip_g": 0}  # as the published models were trained
-_OPEN_CLIP_CONFIG = "open_clip_config.json"
-_OPEN_CLIP_WEIGHTS = "open_clip_model.safetensors"
+PAD_IDS = {"t5": 0, "clip_l": 49407, "clip_g": 0}  # as the published models were trained
+OPEN_CLIP_CONFIG = "open_clip_config.json"
+OPEN_CLIP_WEIGHTS = "open_clip_model.safetensors"
 
 
 class TextConfig(Config):
@@ -47,13 +48,15 @@ class TextConfig(Config):
     clip_tokens: bool = True
     """Whether CLIP's tokens stand in the context beside T5's, as in SD3. Without them CLIP gives the pooled vector
     alone, as in FLUX: half the text tokens, which is a good part of a step where images are small."""
+    clip_projection: bool = True
+    """Whether the pooled vector has gone through CLIP's projection, as in SD3; FLUX takes the EOT state before it."""
     pad: Pad = "trim"
     batch_size: int = pydantic.Field(default=64, ge=1)
 
     @property
     def form(self) -> dict[str, Any]:
         """All that decides, beside the encoders, what is kept of a caption."""
-        return {key: getattr(self, key) for key in ("pad", "t5_max_tokens", "clip_tokens")}
+        return {key: getattr(self, key) for key in ("pad", "t5_max_tokens", "clip_tokens", "clip_projection")}
 
     @pydantic.model_validator(mode="after")
     def _needs_a_clip(self) -> TextConfig:
@@ -92,7 +95,7 @@ class TextEncoders:
         self.device = torch.device(device)
         with torch.random.fork_rng(devices=[]):  # the libraries draw weights before they load them
             self._encoders = {
-                name: _load(name, folder, config, self.device, dtype) for name, folder in _folders(config).items()
+                name: _load(name, folder, config, self.device, dtype) for name, folder in folders(config).items()
             }
         self.dims = {name: encoder.dim for name, encoder in self._encoders.items()}
 
@@ -134,13 +137,14 @@ class TextEncoders:
 
 def fingerprints(config: TextConfig) -> dict[str, str]:
     """sha256 by encoder over the bytes of its configuration, weights and tokenizer. Loads no weights."""
-    return {name: _fingerprint(name, folder) for name, folder in _folders(config).items()}
+    return {name: _fingerprint(name, folder) for name, folder in folders(config).items()}
 
 
 # Files
 
 
-def _folders(config: TextConfig) -> dict[str, Path]:
+def folders(config: TextConfig) -> dict[str, Path]:
+    """Local folder by encoder, of those that are present. Raises UserError where one is not to be had."""
     return {name: _folder(name, source) for name in NAMES if (source := getattr(config, name)) is not None}
 
 
@@ -152,10 +156,10 @@ def _folder(name: str, source: str) -> Path:
     from huggingface_hub.errors import HFValidationError
 
     repository = source.removeprefix("hf-hub:")
-    wanted = ["config.json", "tokenizer.json", _OPEN_CLIP_CONFIG]
+    wanted = ["config.json", "tokenizer.json", OPEN_CLIP_CONFIG]
     try:
         folder = Path(snapshot_download(repository, allow_patterns=wanted))
-        weights = _OPEN_CLIP_WEIGHTS if (folder / _OPEN_CLIP_CONFIG).is_file() else "model*.safetensors*"
+        weights = OPEN_CLIP_WEIGHTS if (folder / OPEN_CLIP_CONFIG).is_file() else "model*.safetensors*"
         return Path(snapshot_download(repository, allow_patterns=[*wanted, weights]))
     except (OSError, HFValidationError):
         raise UserError(f"text.{name}: {source!r} is no local folder, nor a hub id that can be reached") from None
@@ -163,8 +167,8 @@ def _folder(name: str, source: str) -> Path:
 
 def _files(name: str, folder: Path) -> list[Path]:
     """Configuration, weights and tokenizer: what `_load` reads, and what the fingerprint covers."""
-    if name != "t5" and (folder / _OPEN_CLIP_CONFIG).is_file():
-        files = [folder / _OPEN_CLIP_CONFIG, folder / _OPEN_CLIP_WEIGHTS]
+    if name != "t5" and (folder / OPEN_CLIP_CONFIG).is_file():
+        files = [folder / OPEN_CLIP_CONFIG, folder / OPEN_CLIP_WEIGHTS]
     else:
         weights = sorted(folder.glob("model*.safetensors")) or [folder / "model.safetensors"]
         files = [folder / "config.json", *weights]
@@ -182,6 +186,28 @@ def _clip_vocabulary(folder: Path) -> Path:
     from open_clip.tokenizer import default_bpe
 
     return Path(default_bpe())
+
+
+def write_clip_tokenizer(folder: Path, pad_id: int) -> None:
+    """open_clip's BPE as transformers' CLIPTokenizer: the same ids, but that open_clip mends curly quotes first."""
+    from open_clip.tokenizer import SimpleTokenizer
+
+    bpe = SimpleTokenizer()
+    theirs = {bpe.sot_token_id: "<|startoftext|>", bpe.eot_token_id: "<|endoftext|>"}
+    vocabulary = {theirs.get(index, token): index for token, index in bpe.encoder.items()}
+    merges = list(bpe.bpe_ranks)
+    tokenizer = _transformers().CLIPTokenizer(
+        vocab=vocabulary,
+        merges=merges,
+        pad_token=next(token for token, index in vocabulary.items() if index == pad_id),
+        model_max_length=CLIP_TOKENS,
+        split_special_tokens=True,  # a padding token "!" would otherwise be cut out of prompts
+    )
+    tokenizer.save_pretrained(folder)
+    # What transformers before 5 reads.
+    (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
+    lines = ["#version: 0.2", *(" ".join(merge) for merge in merges)]
+    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def _fingerprint(name: str, folder: Path) -> str:
@@ -202,14 +228,14 @@ def _load(name: str, folder: Path, config: TextConfig, device: torch.device, dty
     from safetensors import SafetensorError
 
     files = _files(name, folder)
-    build = _load_t5 if name == "t5" else _load_open_clip if files[0].name == _OPEN_CLIP_CONFIG else _load_clip
+    build = _load_t5 if name == "t5" else _load_open_clip if files[0].name == OPEN_CLIP_CONFIG else _load_clip
     try:
-        model, forward, dim = build(folder, dtype)
+        model, forward, dim = build(folder, dtype, config.clip_projection)
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise UserError(f"text.{name}: {folder} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
     model.requires_grad_(False).eval().to(device)
     max_tokens = config.t5_max_tokens if name == "t5" else CLIP_TOKENS
-    return _Encoder(_tokenize(files[-1], max_tokens), forward, dim, _PAD_IDS[name], max_tokens)
+    return _Encoder(_tokenize(files[-1], max_tokens), forward, dim, PAD_IDS[name], max_tokens)
 
 
 def _tokenize(vocabulary: Path, max_tokens: int) -> Tokenize:
@@ -224,7 +250,7 @@ def _tokenize(vocabulary: Path, max_tokens: int) -> Tokenize:
     return lambda caption: [bpe.sot_token_id, *bpe.encode(caption)[: max_tokens - 2], bpe.eot_token_id]
 
 
-def _load_t5(folder: Path, dtype: torch.dtype) -> tuple[nn.Module, Forward, int]:
+def _load_t5(folder: Path, dtype: torch.dtype, projected: bool) -> tuple[nn.Module, Forward, int]:
     model = _from_pretrained(_transformers().T5EncoderModel, folder, dtype)
 
     def forward(ids_BL: Tensor, length_B: Tensor, masked: bool) -> tuple[Tensor, None]:
@@ -234,25 +260,29 @@ def _load_t5(folder: Path, dtype: torch.dtype) -> tuple[nn.Module, Forward, int]
     return model, forward, model.config.d_model
 
 
-def _load_clip(folder: Path, dtype: torch.dtype) -> tuple[nn.Module, Forward, int]:
-    model = _from_pretrained(_transformers().CLIPTextModelWithProjection, folder, dtype)
-    _require_equal_widths(model.config.hidden_size, model.config.projection_dim)
+def _load_clip(folder: Path, dtype: torch.dtype, projected: bool) -> tuple[nn.Module, Forward, int]:
+    library = _transformers()
+    model_class = library.CLIPTextModelWithProjection if projected else library.CLIPTextModel
+    model = _from_pretrained(model_class, folder, dtype)
+    if projected:
+        _require_equal_widths(model.config.hidden_size, model.config.projection_dim)
 
     def forward(ids_BL: Tensor, length_B: Tensor, masked: bool) -> tuple[Tensor, Tensor]:
         output = model(ids_BL, output_hidden_states=True)
-        return output.hidden_states[-2], output.text_embeds
+        return output.hidden_states[-2], output.text_embeds if projected else output.pooler_output
 
     return model, forward, model.config.hidden_size
 
 
-def _load_open_clip(folder: Path, dtype: torch.dtype) -> tuple[nn.Module, Forward, int]:
+def _load_open_clip(folder: Path, dtype: torch.dtype, projected: bool) -> tuple[nn.Module, Forward, int]:
     import open_clip
 
     model: Any = open_clip.create_model(f"local-dir:{folder}", require_pretrained=True)
     del model.visual
     text = getattr(model, "text", model).to(dtype)
     width = text.token_embedding.embedding_dim
-    _require_equal_widths(width, text.text_projection.shape[1])
+    if projected:
+        _require_equal_widths(width, text.text_projection.shape[1])
 
     def forward(ids_BL: Tensor, length_B: Tensor, masked: bool) -> tuple[Tensor, Tensor]:
         num_tokens = ids_BL.shape[1]
@@ -260,7 +290,8 @@ def _load_open_clip(folder: Path, dtype: torch.dtype) -> tuple[nn.Module, Forwar
         causal_LL = text.attn_mask[:num_tokens, :num_tokens]
         last_BLD, hidden = text.transformer.forward_intermediates(hidden_BLD, attn_mask=causal_LL)
         eot_BD = last_BLD[torch.arange(len(ids_BL), device=ids_BL.device), length_B - 1]
-        return hidden[-2], text.ln_final(eot_BD) @ text.text_projection
+        pooled_BD = text.ln_final(eot_BD)
+        return hidden[-2], pooled_BD @ text.text_projection if projected else pooled_BD
 
     return text, forward, width
 
@@ -372,8 +403,8 @@ def _write_untrained_open_clip(folder: Path, generator: torch.Generator) -> None
     model = CLIP(**config)
     _randomize(model, generator)
     folder.mkdir(parents=True)
-    (folder / _OPEN_CLIP_CONFIG).write_text(json.dumps({"model_cfg": config}, indent=2) + "\n")
-    save_file(model.half().state_dict(), folder / _OPEN_CLIP_WEIGHTS)
+    (folder / OPEN_CLIP_CONFIG).write_text(json.dumps({"model_cfg": config}, indent=2) + "\n")
+    save_file(model.half().state_dict(), folder / OPEN_CLIP_WEIGHTS)
 
 
 # Standard deviations by name, else 1/√(fan-in): unit-scale features in which a token is seen before its neighbours.

@@ -29,6 +29,7 @@ from stack.text.encoders import TextConfig, TextEncoders, fingerprints
 from stack.train.objective import Losses
 from stack.train.pictures import contact_sheet
 from stack.train.sampler import Sampler, SamplerConfig, check_size
+from stack.train.snapshot import Snapshot
 
 Probability = Annotated[float, Field(ge=0, le=1)]
 
@@ -68,6 +69,18 @@ class RectifiedFlowConfig(Config):
 
 def encoder_fingerprints(text: TextConfig, autoencoder: str) -> dict[str, str]:
     return {"autoencoder": fingerprint(autoencoder), **fingerprints(text)}
+
+
+def check_encoders(snap: Snapshot) -> TextConfig:
+    """The text encoders of a snapshot. UserError where one of them, or the autoencoder, is not that of the training."""
+    text = TextConfig(**snap.metadata["text"])
+    for name, value in encoder_fingerprints(text, snap.metadata["autoencoder"]).items():
+        if snap.metadata["encoders"].get(name) != value:
+            raise UserError(
+                f"{snap.path}: trained with {name} {snap.metadata['encoders'].get(name)}, found {value}: "
+                "restore the encoder that made the training data"
+            )
+    return text
 
 
 def _read(path: Path, config: MMDiTConfig) -> MMDiT:

@@ -222,6 +222,7 @@ def test_mlperf_shards_are_a_source(stage, tmp_path, mmdit, monkeypatch):
                 info.size = len(data)
                 tar.addfile(info, io.BytesIO(data))
     overrides = (f"source={tmp_path}/raw", "max_rejected=0.1", "text.pad=full", "text.clip_tokens=false")
+    overrides = (*overrides, "text.clip_projection=false")
     wrong = mmdit("preencode", stage.folder / "preencode.yaml", f"out={tmp_path}/x", *overrides, "text.clip_g=null")
     assert wrong.returncode == 2
     assert "MLPerf's samples need text.t5_max_tokens=16" in wrong.stderr

@@ -117,6 +117,27 @@ def test_full_padding_is_the_published_form(config: TextConfig) -> None:
     assert (embeddings(trimmed)[0] - t5[:4]).abs().max() > 0.1  # unmasked padding is seen
 
 
+def test_the_pooled_vector_without_its_projection_is_fluxs(config: TextConfig, tmp_path: Path) -> None:
+    """FLUX.1's CLIP is a CLIPTextModel, whose folder has no projection at all."""
+    import open_clip
+    from transformers import CLIPTextModel
+
+    theirs = CLIPTextModel.from_pretrained(config.clip_l, dtype=torch.float32)
+    theirs.save_pretrained(tmp_path / "clip_l")
+    with pytest.raises(UserError, match="text_projection"):
+        TextEncoders(TextConfig(clip_l=str(tmp_path / "clip_l")))
+    projected = TextEncoders(config).encode(["a red star"])[0]
+    plain = TextEncoders(changed(config, clip_l=str(tmp_path / "clip_l"), clip_projection=False)).encode(["a red star"])
+    for one, other in zip(embeddings(projected)[:3], embeddings(plain[0])[:3], strict=True):
+        torch.testing.assert_close(one, other)  # only the pooled vector is another
+
+    big_g = open_clip.create_model(f"local-dir:{config.clip_g}", require_pretrained=True)
+    with torch.no_grad():
+        pooled = theirs(torch.tensor([[49406, 320, 736, 1565, 49407]])).pooler_output[0]
+        torch.testing.assert_close(plain[0].pooled[:48], pooled)
+        torch.testing.assert_close(plain[0].pooled[48:] @ big_g.text_projection, projected.pooled[48:])
+
+
 def test_transformers_and_open_clip_agree(config: TextConfig, tmp_path: Path) -> None:
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
