@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import socket
 from contextlib import closing
+from random import SystemRandom
 from datetime import timedelta
 from typing import Any
 
@@ -20,9 +21,17 @@ VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 def free_port() -> int:
-    with closing(socket.socket()) as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port that nobody listens on, of those that the system gives to no outgoing connection: seconds pass before a
+    rank listens on it, in which another process would get a port of the ephemeral range."""
+    draw = SystemRandom()
+    while True:
+        port = draw.randrange(10_000, 30_000)
+        with closing(socket.socket()) as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
 
 
 def single_process() -> dict[str, str]:
