@@ -9,8 +9,8 @@ from __future__ import annotations
 import os
 import socket
 from contextlib import closing
-from random import SystemRandom
 from datetime import timedelta
+from random import SystemRandom
 from typing import Any
 
 import torch
