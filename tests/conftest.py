@@ -31,10 +31,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def run_mmdit(*arguments: object) -> Done:
     """The command line inside this process, which has paid for its imports."""
     from launch.cli import run
+    from stack import dist
 
     out, error = io.StringIO(), io.StringIO()
-    with redirect_stdout(out), redirect_stderr(error):
-        code = run([str(argument) for argument in arguments])
+    try:
+        with redirect_stdout(out), redirect_stderr(error):
+            code = run([str(argument) for argument in arguments])
+    finally:
+        dist.shutdown()  # a training that failed leaves it to the end of its process, and commands inherit variables
     return Done(code, out.getvalue(), error.getvalue())
 
 
