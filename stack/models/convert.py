@@ -1,8 +1,9 @@
 """Weights in the formats people use: diffusers' folders and the authors' single files, of SD3, SD3.5 and FLUX.1.
 
 `load` reads any of them and this stack's own, `save` writes the published ones. Both are strict: every tensor is
-accounted for, and what a format cannot hold is refused. Tensors go between file and model one by one, so that no
-second copy of a model is ever held.
+accounted for, and what a format cannot hold is refused. Tensors are read one by one, so that one copy of a model is
+held. What is written in the model's dtype is written from its memory, but for the few tensors that others order
+otherwise; in another dtype, a file of a folder is converted at a time, and a single file as a whole.
 """
 
 from __future__ import annotations
@@ -43,7 +44,12 @@ def load(path: Path, dtype: torch.dtype | None = None) -> tuple[MMDiT, MMDiTConf
     """
     folder = path / "transformer" if (path / "model_index.json").is_file() else path
     source = TensorSource(folder)
-    config, table, prefix, positions = _describe(source)
+    try:
+        config, table, prefix, positions = _describe(source)
+    except UserError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError) as error:  # of JSON, of a configuration, of shapes
+        raise UserError(f"{folder}: cannot be understood as a model: {' '.join(str(error).split())[:200]}") from None
     with torch.device("meta"):
         model = MMDiT(config)
     holders = {row.ours: row for row in table} if table else None

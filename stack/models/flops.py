@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 def flops_per_sample(config: MMDiTConfig, num_image_tokens: int, num_text_tokens: int) -> tuple[int, int]:
     """FLOPs of one sample: (forward, forward and backward). Recomputation is not counted.
 
-    FLUX.1 at 256² pixels and 256 text tokens: 20.38 TFLOP (MLPerf Training v5.1).
+    FLUX.1 at 256² pixels and 256 text tokens: 20.41 TFLOP (MLPerf Training v5.1 states 20.38).
 
     The backward pass costs twice the forward, but for the first layers, whose inputs need no gradient.
     """

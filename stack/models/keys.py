@@ -209,8 +209,8 @@ class Tensors(NamedTuple):
 
 
 def rows(config: MMDiTConfig, family: Family, layout: Layout) -> Iterator[Tensors]:
-    """All that a model of `family` can have; `config` says how many blocks. What a model lacks is in none of its
-    parameters."""
+    """Of every tensor that a model of `family` with as many blocks as `config` can have; one without QK-norm, image
+    attention or a guidance embedding has not all of them."""
     table = TABLES[family, layout]
     yield from _expand(table.top, "", "")
     prefix, double = table.double

@@ -5,6 +5,7 @@ python networks.py SIDE FAMILY TASK JSON      a fresh process: seconds of the fi
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import json
 import sys
@@ -140,11 +141,8 @@ def timed(function: Callable[[], object]) -> Callable[[], Pass]:
     return once
 
 
-SIDES = ("ours", "blocks", "whole")
-"""Ours, compiled by kind of block; diffusers' with each block compiled; diffusers' compiled as a whole."""
-
-
 def compile_side(side: str, model: Any) -> nn.Module:
+    """Ours by kind of block; diffusers' each block ("blocks") or as a "whole"."""
     if side == "ours":
         from stack.models.compute import ComputeConfig, configure
 
@@ -195,6 +193,7 @@ def main(side: str, task: str, case: Case) -> float:
         recompute_side(side, model)
     step()
     gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # or what malloc keeps of the first step would hide the second
     before = resident_bytes()
     Path("/proc/self/clear_refs").write_text("5")  # the peak from here on
     step()

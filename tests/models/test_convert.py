@@ -235,6 +235,10 @@ def test_what_is_no_model_is_said(tmp_path: Path) -> None:
         description.write_text(json.dumps({**values, **change}))
         with pytest.raises(UserError, match=message):
             load(tmp_path / "folder")
+    for text in ("{", "[]", json.dumps({**values, "attention_head_dim": "many"})):
+        description.write_text(text)
+        with pytest.raises(UserError, match="cannot be understood as a model"):
+            load(tmp_path / "folder")
     description.write_text("{}")
     with pytest.raises(UserError, match="None is not one of"):
         load(tmp_path / "folder")
