@@ -152,9 +152,8 @@ class GuardedAdamW(torch.optim.AdamW):
         self._global_grad_norm = float(norm)
         self.overflow = not torch.isfinite(norm).item()
         if not self.overflow:
-            torch.nn.utils.clip_grads_with_norm_(
-                [p for group in self.param_groups for p in group["params"]], self._clip, norm
-            )
+            self.grad_scale = (norm / self._clip).clamp(min=1).float()  # the fused kernel divides as it reads
+            self.found_inf = torch.zeros_like(self.grad_scale)
             super().step()
 
 

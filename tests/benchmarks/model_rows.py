@@ -36,7 +36,8 @@ EMOJI = ROOT.parent / "shared" / "data" / "emoji"
 PADDED = {"sd3": 333, "flux": 256}
 PAIRS = 7
 SECONDS, BYTES = "steps/s", "GB"
-Peer = Callable[[Tensor, Sequence[int]], Callable[[], Tensor]]
+Peer = Callable[..., Callable[[], Tensor]]
+"""From q, k and v in a row, the samples' lengths and their image tokens to a call that attends them."""
 
 
 class Benchmark:
@@ -53,9 +54,10 @@ class Benchmark:
             "step, SD3, equal tokens": partial(self._step, "sd3", True, False, 1.0),
             "compiled, SD3, equal tokens": partial(self._step, "sd3", True, True, 1.0),
             "step, FLUX, equal tokens": partial(self._step, "flux", True, False, 1.0),
-            "compilation, SD3 / as a whole": partial(self._compilation, "whole", 3.0),
-            "compilation, SD3 / each block": partial(self._compilation, "blocks", None),
-            "attention, packed / padded with a mask": partial(self._attention, _masked, 1.4),
+            "compilation, SD3's 24 blocks / as a whole": partial(self._compilation, "whole", 3.0),
+            "compilation, SD3's 24 blocks / each block": partial(self._compilation, "blocks", None),
+            "attention, packed / padded to 333, masked": partial(self._attention, partial(_masked, text=333), 1.4),
+            "attention, packed / padded to longest, masked": partial(self._attention, _masked, 1.4),
             "attention, packed / nested": partial(self._attention, _nested, 5.0),
             "sampling, 20 steps, guided / diffusers": self._sampling,
             "AdamW and EMA / EMAModel": self._optimizer,
@@ -110,6 +112,7 @@ class Benchmark:
 
     def _compilation(self, side: str, target: float | None, name: str) -> Row:
         case = self._case("sd3", True)
+        case = case if self._quick else case._replace(depth=24)
         seconds = [self._alone(one, "compile", case) for one in ("ours", side)]
         return Row(name, *seconds, seconds[1] / seconds[0], target, "s", 1)
 
@@ -131,9 +134,7 @@ class Benchmark:
 
     # ---- attention
 
-    def _attention(
-        self, peer: Callable[[Tensor, Sequence[int]], Callable[[], Tensor]], target: float, name: str
-    ) -> Row:
+    def _attention(self, peer: Peer, target: float, name: str) -> Row:
         from stack.nn.attention import attend
         from stack.nn.layout import Layout
 
@@ -143,7 +144,7 @@ class Benchmark:
         qkv = torch.randn(3, 1, sum(lengths), heads, size, generator=torch.Generator().manual_seed(0))
         qkv.requires_grad_()
         layout = Layout.of(text, num_image, torch.device("cpu"), "varlen")
-        calls = [lambda: attend(*qkv, layout), peer(qkv, lengths)]
+        calls = [lambda: attend(*qkv, layout), peer(qkv, lengths, num_image)]
         outputs = [call() for call in calls]
         torch.testing.assert_close(outputs[0].detach(), outputs[1].detach(), rtol=1e-4, atol=1e-4)
 
@@ -260,9 +261,9 @@ class Benchmark:
         return side_by_side(name, *passes, 1, SECONDS, 1.0, self._pairs)
 
 
-def _masked(qkv: Tensor, lengths: Sequence[int]) -> Callable[[], Tensor]:
-    """Padded to the longest, with a mask; padding and its removal are not counted."""
-    batch, longest = len(lengths), max(lengths)
+def _masked(qkv: Tensor, lengths: Sequence[int], num_image: int, text: int = 0) -> Callable[[], Tensor]:
+    """Padded to `text` text tokens or to the longest, with a mask; padding and its removal are not counted."""
+    batch, longest = len(lengths), max(*lengths, num_image + text)
     real = torch.arange(longest) < torch.tensor(lengths)[:, None]
     padded = torch.zeros(3, batch, longest, *qkv.shape[3:])
     padded[:, real] = qkv.detach()[:, 0]
@@ -276,7 +277,7 @@ def _masked(qkv: Tensor, lengths: Sequence[int]) -> Callable[[], Tensor]:
     return call
 
 
-def _nested(qkv: Tensor, lengths: Sequence[int]) -> Callable[[], Tensor]:
+def _nested(qkv: Tensor, lengths: Sequence[int], num_image: int) -> Callable[[], Tensor]:
     offsets = torch.nn.functional.pad(torch.tensor(lengths).cumsum(0), (1, 0))
     parts = [torch.nested.nested_tensor_from_jagged(x[0].detach(), offsets).requires_grad_() for x in qkv]
 
