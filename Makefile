@@ -3,13 +3,16 @@ BIN := .venv/bin
 # pip writes nothing to share here, and an interrupted install is done again.
 INSTALLED := .venv/.installed
 
-.PHONY: demo test lint clean
+.PHONY: demo test slow lint clean
 
 demo: $(INSTALLED)
 	$(BIN)/mmdit demo $(ARGS)
 
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+
+slow: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow $(ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

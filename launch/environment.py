@@ -96,6 +96,7 @@ def _wait(processes: list[subprocess.Popen[bytes]]) -> int | None:
                 process.send_signal(number)
 
     before = {s: signal.signal(s, pass_on) for s in passed_on}
+    mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, passed_on)
     failed: int | None = None
     try:
         while any(p.poll() is None for p in processes):
@@ -112,6 +113,7 @@ def _wait(processes: list[subprocess.Popen[bytes]]) -> int | None:
         _end(processes, grace=5)
         raise
     finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         for s, handler in before.items():
             signal.signal(s, handler)
 

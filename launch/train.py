@@ -18,6 +18,13 @@ def command(config: Path, overrides: tuple[str, ...], ranks: int, dry_run: bool)
     OVERRIDES are dotted keys: optim.lr=1e-4 run.dir=runs/x. Exit code 85: asked to stop by a signal, saved; the same
     command goes on.
     """
+    from stack.train.preempt import held_back
+
+    with held_back():
+        _train(config, overrides, ranks, dry_run)
+
+
+def _train(config: Path, overrides: tuple[str, ...], ranks: int, dry_run: bool) -> None:
     from launch import environment
     from stack import config as configuration
     from stack.data.plan import check_division

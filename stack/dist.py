@@ -116,10 +116,19 @@ def broadcast(value: Any) -> Any:
     return box[0]
 
 
-def all_gather(value: Any) -> list[Any]:
+def side_group() -> tdist.ProcessGroup | None:
+    """All ranks once more, on the CPU, for a thread that gathers beside the training. A collective."""
+    if world_size() == 1:
+        return None
+    group = tdist.new_group(backend="gloo")
+    assert isinstance(group, tdist.ProcessGroup)
+    return group
+
+
+def all_gather(value: Any, group: tdist.ProcessGroup | None = None) -> list[Any]:
     """Every rank's `value`, on every rank."""
     if world_size() == 1:
         return [value]
     box: list[Any] = [None] * world_size()
-    tdist.all_gather_object(box, value)
+    tdist.all_gather_object(box, value, group=group)
     return box

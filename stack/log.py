@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TextIO
 
 from pydantic import PositiveInt
 
@@ -24,6 +24,8 @@ class LogConfig(Config):
     """Steps between two lines of metrics."""
     wandb: Literal["disabled", "offline", "online"] = "offline"
     project: str = "mmdit"
+    keys: bool = False
+    """Write the keys of every step's samples to keys.jsonl."""
 
 
 def say(message: str) -> None:
@@ -92,12 +94,13 @@ class Metrics:
         self.path = run / "metrics.jsonl"
         self.run_id = run_id
         self._wandb: Any = None
+        self._wants_keys = config.keys
+        self._keys: TextIO | None = None
         if dist.rank() != 0:
             return
-        kept = [line for line in read_metrics(run) if line["step"] <= resume_step]
-        with publish(self.path) as temporary:
-            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        self._file = self.path.open("a", buffering=1)
+        self._file = _continued(self.path, resume_step)
+        if config.keys:
+            self._keys = _continued(run / "keys.jsonl", resume_step)
         if config.wandb != "disabled":
             self._start_wandb(run, config, values)
 
@@ -130,6 +133,13 @@ class Metrics:
         self._file.write(json.dumps(finite) + "\n")
         self._mirror("log", values)
 
+    def write_keys(self, step: int, keys: list[str]) -> None:
+        """The keys of this rank's samples of `step`, where they are wanted. A collective."""
+        if self._wants_keys:
+            of_ranks = dist.all_gather(keys)
+            if self._keys is not None:
+                self._keys.write(json.dumps({"step": step, "keys": sorted(k for of in of_ranks for k in of)}) + "\n")
+
     def _mirror(self, method: str, *arguments: Any) -> None:
         if self._wandb is not None:
             try:
@@ -141,11 +151,13 @@ class Metrics:
     def sync(self) -> None:
         """Bring the lines to the disk: a checkpoint must not be ahead of them."""
         if dist.rank() == 0:
-            os.fsync(self._file.fileno())
+            for file in filter(None, (self._file, self._keys)):
+                os.fsync(file.fileno())
 
     def close(self) -> None:
         if dist.rank() == 0:
-            self._file.close()
+            for file in filter(None, (self._file, self._keys)):
+                file.close()
             self._mirror("finish")
 
 
@@ -159,9 +171,20 @@ def _without_secrets(arguments: list[str]) -> Iterator[None]:
         arguments[:] = before
 
 
+def _continued(path: Path, step: int) -> TextIO:
+    """`path`, to append to, with its lines up to `step`."""
+    kept = [line for line in _read_lines(path) if line["step"] <= step]
+    with publish(path) as temporary:
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+    return path.open("a", buffering=1)
+
+
 def read_metrics(run: Path) -> list[dict[str, Any]]:
     """All whole lines of a run's metrics.jsonl (a line cut off by a kill is passed over)."""
-    path = run / "metrics.jsonl"
+    return _read_lines(run / "metrics.jsonl")
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
     lines = path.read_text().splitlines() if path.exists() else []
     parsed = []
     for line in lines:

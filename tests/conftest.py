@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import io
+import json
 import os
-from collections.abc import Callable
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import psutil
 import pytest
 import torch
 import yaml
@@ -89,6 +95,69 @@ class Stage:
         path = self.folder / f"{name}.yaml"
         path.write_text(yaml.safe_dump(values))
         return path
+
+
+class Training:
+    """`mmdit train` in processes of its own, which die together."""
+
+    def __init__(self, config: Path, ranks: int, environment: Mapping[str, str] | None = None, **popen: Any):
+        from stack.dist import VARIABLES
+
+        inherited = {key: value for key, value in os.environ.items() if key not in VARIABLES}
+        self.run = Path(yaml.safe_load(config.read_text())["run"]["dir"])
+        self._metrics = self.run / "metrics.jsonl"
+        self._stale = self._metrics.stat().st_ino if self._metrics.exists() else None  # of the process before
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "launch.cli", "train", str(config), "--ranks", str(ranks)],
+            cwd=ROOT,
+            env={**inherited, "OMP_NUM_THREADS": "1", **(environment or {})},
+            start_new_session=True,
+            stderr=subprocess.PIPE,
+            text=True,
+            **popen,
+        )
+
+    def finish(self, code: int = 0) -> str:
+        """What it said on standard error."""
+        error = self.process.communicate(timeout=300)[1]
+        assert self.process.returncode == code, error
+        return error
+
+    def wait_for_step(self, step: int) -> None:
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and self.process.poll() is None:
+            fresh = self._metrics.exists() and self._metrics.stat().st_ino != self._stale
+            if fresh and any(line["step"] >= step for line in read_lines(self._metrics)):
+                return
+            time.sleep(0.002)
+        raise AssertionError(f"step {step} was not reached: {self.process.communicate()[1]}")
+
+    def ranks(self) -> list[psutil.Process]:
+        """Its ranks' processes, in order."""
+        children = psutil.Process(self.process.pid).children()
+        return sorted((c for c in children if "launch.cli" in c.cmdline()), key=lambda c: int(c.environ()["RANK"]))
+
+    def kill(self) -> str:
+        os.killpg(self.process.pid, signal.SIGKILL)
+        return self.process.communicate()[1]
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """A run's whole lines of JSON."""
+    lines = path.read_text().split("\n")[:-1] if path.exists() else []
+    return [json.loads(line) for line in lines]
+
+
+@pytest.fixture(scope="session")
+def training() -> type[Training]:
+    return Training
+
+
+@pytest.fixture(scope="session")
+def history() -> Callable[[Path], list[tuple]]:
+    """What a run's metrics say of what it learnt."""
+    names = ("step", "loss", "grad_norm", "lr", "val_loss", "loss_t0", "loss_t3")
+    return lambda run: [tuple(line.get(name) for name in names) for line in read_lines(run / "metrics.jsonl")]
 
 
 @pytest.fixture(scope="session")

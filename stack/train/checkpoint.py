@@ -1,4 +1,4 @@
-"""Checkpoints that a kill cannot spoil, readable at any world size and ZeRO stage.
+"""Checkpoints that a kill cannot spoil, readable at any world size and ZeRO stage, and written behind the training.
 
     checkpoints/STEP.tmp/   each rank writes rank-RRRRR.safetensors, fsyncs and reports its size and hash
     COMPLETE                written by rank 0 after all have reported; then STEP.tmp is renamed to STEP
@@ -14,8 +14,10 @@ import hashlib
 import json
 import os
 import shutil
+import struct
+import threading
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,16 +44,21 @@ class CheckpointConfig(Config):
     """Also kept: those whose step is a multiple of this."""
 
 
-def _flats(engine: Engine, ema: Ema, owned_only: bool) -> Iterator[tuple[str, Range, Tensor]]:
-    """(kind, range, its elements) of everything that this rank holds; the elements are views to read or write."""
+class _Flat(NamedTuple):
+    """A flat tensor of this rank's state, and the ranges of parameters that lie in it."""
+
+    kind: str
+    ranges: list[Range]
+    tensor: Tensor
+
+
+def _flats(engine: Engine, ema: Ema, owned_only: bool) -> Iterator[_Flat]:
     for partition in engine.partitions:
         if partition.owned or not owned_only:
-            for kind, flat in {"master": partition.master, **moments(engine, partition)}.items():
-                for r in partition.ranges:
-                    yield kind, r, r.of(flat)
+            for kind, tensor in {"master": partition.master, **moments(engine, partition)}.items():
+                yield _Flat(kind, partition.ranges, tensor)
     for partition, shadow in ema.pairs:
-        for r in partition.ranges:
-            yield "ema", r, r.of(shadow)
+        yield _Flat("ema", partition.ranges, shadow)
 
 
 def _optimizer_step(engine: Engine) -> float:
@@ -67,11 +74,34 @@ def _fsync(path: Path) -> None:
         os.close(handle)
 
 
-def _write(path: Path, data: bytes) -> None:
+def _write(path: Path, parts: Sequence[bytes | memoryview]) -> dict[str, Any]:
+    """Write and fsync a file of `parts`; its entry in COMPLETE, hashed on the way."""
+    digest, size = hashlib.sha256(), 0
     with path.open("wb") as file:
-        file.write(data)
+        for part in parts:
+            file.write(part)
+            digest.update(part)
+            size += len(part)
         file.flush()
         os.fsync(file.fileno())
+    return {"name": path.name, "size": size, "sha256": digest.hexdigest()}
+
+
+def _safetensors(flats: Sequence[_Flat]) -> list[bytes | memoryview]:
+    """The parts of a safetensors file of all ranges, which are views and not copies of the flat tensors."""
+    header: dict[str, Any] = {}
+    parts: list[bytes | memoryview] = []
+    offset = 0
+    for kind, ranges, tensor in flats:
+        for r in ranges:
+            part = r.of(tensor).numpy().data.cast("B")
+            place = {"dtype": "F32", "shape": [r.stop - r.start], "data_offsets": [offset, offset + len(part)]}
+            header[f"{r.name}:{r.start}:{r.stop}/{kind}"] = place
+            parts.append(part)
+            offset += len(part)
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return [struct.pack("<Q", len(text)), text, *parts]
 
 
 def _sha256(path: Path) -> str:
@@ -83,43 +113,93 @@ def _sha256(path: Path) -> str:
 
 
 class Checkpoints:
-    """The checkpoints of one run folder. `save` and `load` are collectives."""
+    """The checkpoints of one run folder; all methods are collectives.
+
+    Training stops for a copy into host memory alone, which is kept for the next one (16 bytes a parameter, divided by
+    the ranks). Writing, hashing, fsync and publication go on in a thread; a save waits for the one before it.
+    """
 
     def __init__(self, run: Path, config: CheckpointConfig, keep_every: int = 0):
         self.folder = run / "checkpoints"
         self._keep = config.keep
         self._keep_every = keep_every
+        self._copies: list[_Flat] = []
+        self._group = dist.side_group()  # the threads' own, since the training goes on using the other one
+        self._thread: threading.Thread | None = None
+        self._published = False
 
-    def save(self, step: int, engine: Engine, ema: Ema, state: dict[str, Any]) -> bool:
-        """Write checkpoint `step` with the JSON-able `state`. A failure is reported and leaves older ones as they are.
+    def check_space(self, engine: Engine, ema: Ema) -> None:
+        """UserError where the disk has no room for one checkpoint."""
+        if problem := dist.broadcast(self._no_space(sum(dist.all_gather(_num_bytes(engine, ema))))):
+            raise UserError(f"{problem}: free some, or give run.dir another disk")
 
-        Returns whether it was published.
+    def _no_space(self, needed: int) -> str:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(self.folder).free
+        if free >= needed:
+            return ""
+        return f"{self.folder}: a checkpoint needs {needed / 1e9:.2f} GB, {free / 1e9:.2f} are free"
+
+    def save(self, step: int, engine: Engine, ema: Ema, state: dict[str, Any]) -> None:
+        """Copy checkpoint `step`, with the JSON-able `state`, and write it behind the training.
+
+        A failure is reported and leaves older ones as they are.
         """
-        from safetensors.torch import save as serialize
+        self.wait()
+        self._copy(engine, ema)
+        record = {"format": FORMAT, "step": step, **state, "optimizer_step": _optimizer_step(engine)}
+        self._thread = threading.Thread(target=self._publish, args=(step, record), name="checkpoint", daemon=True)
+        self._thread.start()
 
+    def wait(self) -> bool:
+        """Until the save in flight has ended. Whether the last one was published."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        return self._published
+
+    def _copy(self, engine: Engine, ema: Ema) -> None:
+        flats = list(_flats(engine, ema, owned_only=True))
+        if not self._copies:
+            pinned = dist.device().type == "cuda"
+            self._copies = [flat._replace(tensor=torch.empty(flat.tensor.shape, pin_memory=pinned)) for flat in flats]
+        for copy, flat in zip(self._copies, flats, strict=True):
+            copy.tensor.copy_(flat.tensor, non_blocking=True)
+        if dist.device().type == "cuda":
+            torch.cuda.synchronize()
+
+    def _publish(self, step: int, record: dict[str, Any]) -> None:
+        self._published = False
+        try:
+            problem = self._try_to_publish(step, record)
+        except Exception as error:  # another rank is gone: the training ends of it, too
+            problem = f"{type(error).__name__}: {error}"
+        self._published = not problem
+        if problem:
+            say(f"checkpoint {step} failed ({problem}); training goes on, older checkpoints are untouched")
+
+    def _try_to_publish(self, step: int, record: dict[str, Any]) -> str:
+        """What went wrong on the first rank where something did."""
         final, temporary = self.folder / f"{step:08d}", self.folder / f"{step:08d}.tmp"
-        if dist.rank() == 0:
-            self._sweep()
-        dist.barrier()
-        name = f"rank-{dist.rank():05d}.safetensors"
+        needed = sum(dist.all_gather(sum(flat.tensor.numel() * 4 for flat in self._copies), self._group))
         problem, report = "", None
+        if dist.rank() == 0:
+            try:
+                self._sweep()
+                problem = self._no_space(needed)
+            except OSError as error:
+                problem = str(error)
+        if any(problems := dist.all_gather(problem, self._group)):
+            return problems[0]
         try:
             temporary.mkdir(parents=True, exist_ok=True)
-            tensors = {
-                f"{r.name}:{r.start}:{r.stop}/{kind}": piece.cpu().clone()
-                for kind, r, piece in _flats(engine, ema, owned_only=True)
-            }
-            data = serialize(tensors)
-            _write(temporary / name, data)
-            report = {"name": name, "size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+            report = _write(temporary / f"rank-{dist.rank():05d}.safetensors", _safetensors(self._copies))
         except Exception as error:  # whatever it is: the other ranks wait to be told
             problem = f"{type(error).__name__}: {error}"
-        reports = dist.all_gather(report)
+        reports = dist.all_gather(report, self._group)
         if dist.rank() == 0 and all(reports):
             try:
-                complete = {"format": FORMAT, "step": step, "files": reports, **state}
-                complete["optimizer_step"] = _optimizer_step(engine)
-                _write(temporary / "COMPLETE", json.dumps(complete, indent=1).encode())
+                _write(temporary / "COMPLETE", [json.dumps({**record, "files": reports}, indent=1).encode()])
                 _fsync(temporary)
                 if final.exists():
                     shutil.rmtree(final)
@@ -127,14 +207,12 @@ class Checkpoints:
                 _fsync(self.folder)
             except OSError as error:
                 problem = str(error)
-        problems = [p for p in dist.all_gather(problem) if p]
-        if problems:
-            say(f"checkpoint {step} failed ({problems[0]}); training goes on, older checkpoints are untouched")
+        problems = [p for p in dist.all_gather(problem, self._group) if p]
         if dist.rank() == 0:
             self._sweep()
             if not problems:
                 self._retire(step)
-        return not problems
+        return problems[0] if problems else ""
 
     def _steps(self) -> list[int]:
         return sorted(int(p.name) for p in self.folder.glob("*") if p.name.isdigit()) if self.folder.exists() else []
@@ -158,30 +236,20 @@ class Checkpoints:
                 shutil.rmtree(self.folder / f"{step:08d}", ignore_errors=True)
 
     def newest(self) -> dict[str, Any] | None:
-        """The COMPLETE record of the newest checkpoint that verifies, on rank 0's word; None if there is none."""
-        found = None
-        if dist.rank() == 0:
-            for step in reversed(self._steps()):
-                found, problem = self._verify(self.folder / f"{step:08d}")
-                if found is not None:
-                    break
-                say(f"checkpoint {step} does not verify ({problem}): passed over")
-        return dist.broadcast(found)
+        """The COMPLETE record of the newest checkpoint that verifies; None if there is none.
 
-    def _verify(self, folder: Path) -> tuple[dict[str, Any] | None, str]:
-        try:
-            record = json.loads((folder / "COMPLETE").read_text())
-            if (record["format"], record["step"]) != (FORMAT, int(folder.name)):
-                return None, f"format {record['format']} of step {record['step']}, this version reads {FORMAT}"
-            for file in record["files"]:
-                path = folder / file["name"]
-                if not path.exists() or path.stat().st_size != file["size"]:
-                    return None, f"{file['name']} is missing or has another size"
-                if _sha256(path) != file["sha256"]:
-                    return None, f"{file['name']} has another hash"
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            return None, f"COMPLETE cannot be read: {error}"
-        return record, ""
+        Rank 0 says which are there, and each rank hashes its share of the files.
+        """
+        for step in dist.broadcast(list(reversed(self._steps()))):
+            folder = self.folder / f"{step:08d}"
+            record, problem = dist.broadcast(_read_record(folder))
+            if record is not None:
+                problems = dist.all_gather(_damage(folder, record["files"][dist.rank() :: dist.world_size()]))
+                problem = next(filter(None, problems), "")
+            if not problem:
+                return record
+            say(f"checkpoint {step} does not verify ({problem}): passed over")
+        return None
 
     def load(self, record: dict[str, Any], engine: Engine, ema: Ema) -> None:
         """Fill the engine's partitions and the EMA from the checkpoint that `record` (of `newest`) describes.
@@ -191,11 +259,43 @@ class Checkpoints:
         """
         folder = self.folder / f"{record['step']:08d}"
         with _Pieces([folder / file["name"] for file in record["files"]]) as pieces, torch.no_grad():
-            for kind, r, target in _flats(engine, ema, owned_only=False):
-                pieces.read(kind, r, target)
+            for kind, ranges, tensor in _flats(engine, ema, owned_only=False):
+                for r in ranges:
+                    pieces.read(kind, r, r.of(tensor))
             for partition in engine.partitions:
                 engine.optimizer.state[partition.key]["step"].fill_(record["optimizer_step"])
         engine.refresh()
+
+
+def _num_bytes(engine: Engine, ema: Ema) -> int:
+    return sum(flat.tensor.numel() * 4 for flat in _flats(engine, ema, owned_only=True))
+
+
+def _read_record(folder: Path) -> tuple[dict[str, Any] | None, str]:
+    """COMPLETE, or what is wrong with it."""
+    try:
+        record = json.loads((folder / "COMPLETE").read_text())
+        if (record["format"], record["step"]) != (FORMAT, int(folder.name)):
+            return None, f"format {record['format']} of step {record['step']}, this version reads {FORMAT}"
+        if not all({"name", "size", "sha256"} <= file.keys() for file in record["files"]):
+            return None, "COMPLETE does not say which files there are"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return None, f"COMPLETE cannot be read: {error}"
+    return record, ""
+
+
+def _damage(folder: Path, files: list[dict[str, Any]]) -> str:
+    """What is wrong with the first file that is not as COMPLETE says."""
+    for file in files:
+        path = folder / Path(file["name"]).name
+        try:
+            if path.stat().st_size != file["size"]:
+                return f"{path.name} has another size"
+            if _sha256(path) != file["sha256"]:
+                return f"{path.name} has another hash"
+        except OSError as error:
+            return f"{path.name} cannot be read: {error}"
+    return ""
 
 
 class _Piece(NamedTuple):

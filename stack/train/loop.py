@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import copy
 import time
-from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from safetensors import SafetensorError
 from torch import nn
@@ -24,16 +22,17 @@ from stack.data.safety import RejectLog
 from stack.files import lock, publish
 from stack.flow.noise import NoisePlan
 from stack.log import Metrics, progress, say
-from stack.models.flops import peak_tflops
 from stack.parallel import engine as engines
 from stack.parallel.ema import Ema
 from stack.train import snapshot
 from stack.train.checkpoint import Checkpoints
 from stack.train.guard import Guard
+from stack.train.metrics import Sums
 from stack.train.objective import Objective
 from stack.train.preempt import Preemption
 from stack.train.recipe import TrainConfig, build
 from stack.train.schedule import learning_rate, steps_of
+from stack.train.watchdog import Watchdog
 
 
 def train(config: TrainConfig) -> bool:
@@ -57,6 +56,7 @@ def train(config: TrainConfig) -> bool:
         engine = engines.build(objective.network, config.optim, config.parallel, micro_batch_size)
         ema = Ema(engine, config.ema)
         noise = NoisePlan(seed)
+        checkpoints.check_space(engine, ema)
         _write_config(run, config)
 
         if state is not None:
@@ -64,39 +64,39 @@ def train(config: TrainConfig) -> bool:
             say(f"{run}: going on after step {state['step']}")
         start = state["step"] if state else 0
         guard = Guard(config.run.max_nonfinite, *((state["skipped"], state["in_a_row"]) if state else (0, 0)))
-        sums = _own_sums(state["sums"]) if state else defaultdict(float)
+        sums = Sums(state["sums"] if state else None)
         metrics = Metrics(run, config.log, start, state["wandb"] if state else None, configuration.public(config))
         batches = iter(data.loader(start, total, dist.rank(), dist.world_size(), accumulate))
 
-        with Preemption() as preemption, progress(run.name, total, "step", start) as advance:
+        listening, watching = Preemption(), Watchdog(config.run.watchdog_s)
+        with listening as preemption, watching as watchdog, progress(run.name, total, "step", start) as advance:
             for step in range(start, total):
                 began = time.perf_counter()
                 lr = learning_rate(config.schedule, config.optim.lr, step, size)
                 keys: list[str] = []
                 for _ in range(accumulate):
+                    sums.own.start()
                     waiting = time.perf_counter()
                     batch = next(batches)
-                    sums["data_wait_s"] += time.perf_counter() - waiting
+                    sums.add("data_wait_s", time.perf_counter() - waiting)
                     keys += batch.keys
                     losses = objective.loss(engine.network, batch.to(device), noise.at(batch.step, batch.positions))
+                    sums.own.stop()
                     engine.backward(losses.total)
-                    for name, value in {"loss": losses.total, **losses.terms}.items():
-                        sums[name] += float(value.detach()) / accumulate
-                    if losses.flop is not None:
-                        sums["tflop"] += losses.flop / 1e12
+                    sums.add_losses(losses, accumulate)
                 info = engine.step(lr)
                 if info.applied:
                     ema.update(step + 1 - guard.skipped)
                 guard.check(info.applied, step, keys)
-                sums["step_s"] += time.perf_counter() - began
-                sums["steps"] += 1
+                metrics.write_keys(step + 1, keys)
+                sums.add("step_s", time.perf_counter() - began)
+                sums.add("steps", 1)
 
                 done = step + 1
                 advance(1)
                 if done % config.log.every == 0 or done == total:
-                    line = _summary(sums, info, lr, done, size)
+                    line = sums.line(info, lr, done, size)
                     metrics.write({**line, "epoch": data.plan.epoch_of(step), "skipped": guard.skipped})
-                    sums.clear()
                     advance(0, f"loss {line['loss']:.4f}")
                 if done % snapshot_every == 0 or done == total:
                     weights = ema.gathered()
@@ -105,15 +105,20 @@ def train(config: TrainConfig) -> bool:
                     dist.barrier()
                 stop = preemption.agreed()
                 if done % save_every == 0 or done == total or stop:
+                    stalled = time.perf_counter()
                     metrics.sync()
-                    kept: dict[str, Any] = {"samples": done * size, "sums": dist.all_gather(dict(sums))}
+                    kept: dict[str, Any] = {"samples": done * size, "sums": dist.all_gather(sums.state())}
                     kept |= {"skipped": guard.skipped, "in_a_row": guard.in_a_row, "wandb": metrics.run_id}
                     kept |= {"engine": config.parallel.engine, "zero_stage": config.parallel.zero_stage}
                     checkpoints.save(done, engine, ema, {**kept, "config": configuration.fingerprint(config)})
+                    sums.add("checkpoint_stall_s", time.perf_counter() - stalled)
+                watchdog.beat()
                 if stop and done < total:
-                    say(f"{run}: asked to stop, saved after step {done}; the same command goes on from there")
+                    saved = f"saved after step {done}" if checkpoints.wait() else "but could not save"
+                    say(f"{run}: asked to stop, {saved}; the same command goes on from there")
                     metrics.close()
                     return False
+            checkpoints.wait()
         metrics.close()
     return True
 
@@ -185,27 +190,6 @@ def _write_config(run: Path, config: TrainConfig) -> None:
     if dist.rank() == 0:
         with publish(run / "config.yaml") as temporary:
             temporary.write_text(configuration.dump(config))
-
-
-def _own_sums(of_ranks: list[dict[str, float]]) -> dict[str, float]:
-    """This rank's running sums of a checkpoint; after a change of the number of ranks, the mean of all."""
-    if len(of_ranks) == dist.world_size():
-        return defaultdict(float, of_ranks[dist.rank()])
-    names = of_ranks[0]
-    return defaultdict(float, {name: sum(sums[name] for sums in of_ranks) / len(of_ranks) for name in names})
-
-
-def _summary(sums: dict[str, float], info: engines.StepInfo, lr: float, done: int, size: int) -> dict[str, Any]:
-    """One line of metrics: means over the steps since the last line and over ranks."""
-    names = sorted(set(sums) - {"steps"})
-    means = dist.mean([sums[name] / sums["steps"] for name in names])
-    line = {"step": done, "samples": done * size, **dict(zip(names, means, strict=True))}
-    line |= {"lr": lr, "grad_norm": info.grad_norm, "samples_per_s": size / line["step_s"]}
-    if "tflop" in line:
-        line["tflops_per_s"] = line.pop("tflop") / line["step_s"]
-        if peak := peak_tflops(dist.device()):
-            line["mfu"] = line["tflops_per_s"] / peak
-    return {**line, "rss_gb": psutil.Process().memory_info().rss / 1e9}
 
 
 def validation_loss(objective: Objective, network: nn.Module, data: ShardData, batch_size: int = 64) -> float:

@@ -20,6 +20,8 @@ class Losses:
     """Further scalars to log."""
     flop: int | None = None
     """Floating-point operations of the forward and backward pass, where they are known."""
+    by_time: tuple[Tensor, Tensor] | None = None
+    """Each sample's loss and timestep [B], where there is one."""
 
 
 class Batch(Protocol):

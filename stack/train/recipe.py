@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from stack.config import Config, UserError
 from stack.data.dataset import ImageData, ImageDataset, LatentData, LatentDataset, ShardData
@@ -28,6 +28,8 @@ class RunConfig(Config):
     seed: NonNegativeInt = 0
     max_nonfinite: PositiveInt = 20
     """Steps in a row with a non-finite gradient that end the run."""
+    watchdog_s: PositiveFloat = 900
+    """Seconds without a step after which a rank writes its stacks and ends; more than the slowest snapshot takes."""
 
 
 class SnapshotConfig(Config):

@@ -167,7 +167,7 @@ class RectifiedFlow:
             for name in ("t5", "clip_l", "clip_g")
         }
         error_B, flop = self._error_B(network, batch, draws, t_B, **keep)
-        return Losses(error_B.mean(), flop=flop)
+        return Losses(error_B.mean(), flop=flop, by_time=(error_B, t_B))
 
     def validate(self, network: nn.Module, batch: LatentBatch, draws: Draws) -> Tensor:
         """One level a sample, t = i/8 with i its place in the set modulo 8 (MLPerf Training v5.1's rule)."""

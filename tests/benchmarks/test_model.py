@@ -18,7 +18,7 @@ def test_rows_are_json():
     done = run("--json", "--quick", "--only", "step, ", "attention", "sampling", "EMA", "recomputed")
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [set(row) for row in rows] == [{"name", "ours", "peer", "ratio", "target", "unit", "pairs"}] * 10
+    assert [set(row) for row in rows] == [{"name", "ours", "peer", "ratio", "target", "unit", "pairs"}] * 11
     assert all(row["ratio"] > 0 for row in rows)
 
 

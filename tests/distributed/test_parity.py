@@ -103,6 +103,26 @@ def test_another_engine_goes_on_from_a_checkpoint(runs, stage, first, second):
     np.testing.assert_allclose(losses(stage.folder / name), losses(runs["local", 1]), rtol=1e-4)
 
 
+def test_one_run_on_changing_ranks_and_stages(runs, stage):
+    """A third each on two ranks with ZeRO-1, one rank with ZeRO-3, two with ZeRO-2: the undisturbed run's losses."""
+    name, thirds = "elastic", (("zero1", 2), ("zero3", 1), ("zero2", 2))
+    keys = {
+        "schedule": {"steps": 30, "warmup": 5, "kind": "cosine"},
+        "checkpoint": {"every": 10, "keep": 3},
+        "log": {"every": 1, "wandb": "disabled", "keys": True},
+    }
+    run_ranks([stage.train_config(f"{name}-whole", parallel=ENGINES["zero1"], **keys)], 2)
+    for number, (engine, ranks) in enumerate(thirds, 1):
+        run_ranks([stage.train_config(name, parallel=ENGINES[engine], **keys)], ranks)
+        for path in (stage.folder / name / "checkpoints").glob("0*"):
+            if int(path.name) > 10 * number:
+                shutil.rmtree(path)
+    run, whole = stage.folder / name, stage.folder / f"{name}-whole"
+    assert len(losses(run)) == 30
+    np.testing.assert_allclose(losses(run), losses(whole), rtol=1e-4)
+    assert (run / "keys.jsonl").read_text() == (whole / "keys.jsonl").read_text()
+
+
 def test_a_nan_on_one_rank_skips_the_step_on_all(stage):
     """One sample's latent is NaN: the step that has it changes nothing at any stage, and is counted."""
     broken = stage.folder / "encoded-nan"
