@@ -107,6 +107,7 @@ class Metrics:
     def _start_wandb(self, run: Path, config: LogConfig, values: dict[str, Any]) -> None:
         try:
             import wandb
+            from wandb.sdk.lib import import_hooks
 
             (run / "wandb").mkdir(exist_ok=True)
             with _without_secrets(sys.argv):  # wandb keeps the command line
@@ -120,6 +121,8 @@ class Metrics:
                     config=values,
                     settings=wandb.Settings(silent=True),
                 )
+            # Its hooks would count each import from here on, and fail with it once the service is gone.
+            import_hooks.unregister_all_post_import_hooks()
             self._wandb.define_metric("*", step_metric="step")
             self.run_id = self._wandb.id
         except Exception as error:  # tracking must never end a run, whatever the service does

@@ -115,7 +115,7 @@ def test_no_secret_is_in_any_file_of_a_run(stage, training):
             "path": f"http://someone:{secret}@127.0.0.1:{server.server_port}",
             "cache": {"dir": str(stage.folder / "secrets" / "cache")},
         }
-        run = training(stage.train_config("secrets", data=data, **keys), 2, CANARIES)
+        run = training(stage.train_config("secrets", data=data, **ZERO, **keys), 2, CANARIES)
         said = run.finish()
         server.shutdown()
     files = [path for path in run.run.rglob("*") if path.is_file()]
