@@ -1,7 +1,7 @@
 """Encode captioned images once: shards of raw samples → shards of latent moments and text embeddings.
 
 One output shard for each source shard. Finished shards are skipped, half-written ones done again; any number of workers
-on any number of nodes share one folder by claims (see `claims`), and whoever sees the last shard finished writes the
+on any number of nodes share one folder by claims (`stack.claims`), and whoever sees the last shard finished writes the
 manifest. What comes out is the same to the last byte, however many they were and whichever were killed.
 """
 
@@ -21,6 +21,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt, field_validator
 
 from autoencoders.codec import Codec, fingerprint
 from stack import config as configuration
+from stack.claims import Claims, owners, sweep
 from stack.config import Config, UserError
 from stack.data import mlperf
 from stack.data.buckets import BucketConfig, histogram
@@ -31,7 +32,6 @@ from stack.data.schema import DTYPES, MANIFEST, Manifest, ShardRecord, T5Dtype, 
 from stack.data.shards import ShardReader, ShardSet, index_shards, unique_names
 from stack.files import publish
 from stack.log import progress, say
-from stack.preencode.claims import Claims, owners, sweep
 from stack.preencode.pipeline import CHUNK_BATCHES, Encoders, compute_dtype, overlapped, read_samples
 from stack.preencode.writer import ShardWriter, stats_path
 from stack.shown import redact

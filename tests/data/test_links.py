@@ -15,12 +15,12 @@ from pathlib import Path
 
 import pytest
 
+from stack.claims import Claims
 from stack.config import UserError
 from stack.data.index import SUFFIX, ShardIndex, build_index
 from stack.data.remote import CacheConfig, ShardCache, Stat
 from stack.data.shards import ShardReader, index_shards
 from stack.files import publish
-from stack.preencode.claims import Claims
 
 HOST, PID = socket.gethostname(), os.getpid()
 

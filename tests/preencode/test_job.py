@@ -22,12 +22,12 @@ from PIL import Image
 from safetensors.torch import load, save
 
 from autoencoders.codec import Codec
+from stack.claims import Claims
 from stack.data.buckets import BucketConfig
 from stack.data.dataset import LatentData, LatentDataset
 from stack.data.images import decode_image, to_bucket
 from stack.data.schema import load_manifest
 from stack.data.shards import ShardReader, ShardSet, index_shards
-from stack.preencode.claims import Claims
 from stack.text.encoders import TextConfig, TextEncoders
 
 ROOT = Path(__file__).parents[2]

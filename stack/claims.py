@@ -1,8 +1,9 @@
-"""Which worker does which shard: claim files in a shared folder, on which a heartbeat says that their owner lives.
+"""Who does what (pre-encodes a shard, evaluates a snapshot): claim files in a shared folder, on which a heartbeat says
+that their owner lives.
 
 A claim is a hint, not a lock: outputs are pure functions of their sources and appear by rename, so two workers that do
-the same shard after a broken takeover write the same bytes twice. Whoever takes over a stale claim loses no more than
-the dead worker's shard in hand.
+the same work after a broken takeover write the same twice. Whoever takes over a stale claim loses no more than what
+the dead worker had in hand.
 """
 
 from __future__ import annotations
@@ -58,6 +59,11 @@ class Claims:
             heart.join()
             if _read(path) == mark:
                 path.unlink(missing_ok=True)
+
+    def held(self) -> set[str]:
+        """The names that living workers hold, this one's among them."""
+        marks = {path: _read(path) for path in self._folder.glob("[!.]*")}
+        return {path.name for path, mark in marks.items() if mark is not None and not self._stale(path, mark)}
 
     def _create(self, path: Path, mark: str) -> bool:
         """By a hard link, which is atomic on network file systems too, and never shows half a file."""
