@@ -18,6 +18,8 @@ from stack.config import Config
 from stack.files import publish
 from stack.shown import printable, redact
 
+_WANDB = "wandb.json"  # in a run's folder: the id of its wandb run
+
 
 class LogConfig(Config):
     every: PositiveInt = 10
@@ -87,13 +89,77 @@ def _lines(description: str, total: int, unit: str, done: int) -> Iterator[Any]:
     yield advance
 
 
+class Tracker:
+    """The wandb run `run_id`, a new one if None. Whatever its service does never ends what is tracked.
+
+    values: the configuration, of the training that owns the run. An evaluator, which has none, adds lines of its own
+    to it: online by wandb's shared mode, which both then need, offline by a folder with the same id.
+    """
+
+    def __init__(self, run: Path, config: LogConfig, run_id: str | None, values: dict[str, Any] | None):
+        self.run_id = run_id
+        self._run: Any = None
+        if config.wandb == "disabled":
+            return
+        owner = values is not None
+        try:
+            import wandb
+            from wandb.sdk.lib import import_hooks
+
+            (run / "wandb").mkdir(exist_ok=True)
+            with _without_secrets(sys.argv):  # wandb keeps the command line
+                self._run = wandb.init(
+                    project=config.project,
+                    name=run.name,
+                    dir=run,
+                    id=run_id,
+                    resume="allow",
+                    mode="shared" if config.wandb == "online" else "offline",
+                    config=values,
+                    settings=wandb.Settings(silent=True, x_primary=owner, x_update_finish_state=owner),
+                )
+            # Its hooks would count each import from here on, and fail with it once the service is gone.
+            import_hooks.unregister_all_post_import_hooks()
+            if owner:
+                self._run.define_metric("*", step_metric="step")
+                with publish(run / _WANDB) as temporary:
+                    temporary.write_text(json.dumps({"id": self._run.id}))
+            else:
+                self._run.define_metric("eval/*", step_metric="eval/step")
+            self.run_id = self._run.id
+        except Exception as error:
+            say(f"wandb is off: {error}")
+
+    @classmethod
+    def join(cls, run: Path, config: LogConfig) -> Tracker | None:
+        """An evaluator's, for the wandb run of the training in the folder `run`; None if it has none."""
+        try:
+            run_id = json.loads((run / _WANDB).read_text())["id"]
+        except FileNotFoundError:
+            return None
+        return cls(run, config, run_id, None)
+
+    def log(self, values: dict[str, Any]) -> None:
+        self._call("log", values)
+
+    def finish(self) -> None:
+        self._call("finish")
+
+    def _call(self, method: str, *arguments: Any) -> None:
+        if self._run is not None:
+            try:
+                getattr(self._run, method)(*arguments)
+            except Exception as error:
+                say(f"wandb is off from here: {error}")
+                self._run = None
+
+
 class Metrics:
     """Writes one JSON object a line on rank 0; lines after `resume_step` are those of a lost future and are cut off."""
 
     def __init__(self, run: Path, config: LogConfig, resume_step: int, run_id: str | None, values: dict[str, Any]):
         self.path = run / "metrics.jsonl"
         self.run_id = run_id
-        self._wandb: Any = None
         self._wants_keys = config.keys
         self._keys: TextIO | None = None
         if dist.rank() != 0:
@@ -101,32 +167,8 @@ class Metrics:
         self._file = _continued(self.path, resume_step)
         if config.keys:
             self._keys = _continued(run / "keys.jsonl", resume_step)
-        if config.wandb != "disabled":
-            self._start_wandb(run, config, values)
-
-    def _start_wandb(self, run: Path, config: LogConfig, values: dict[str, Any]) -> None:
-        try:
-            import wandb
-            from wandb.sdk.lib import import_hooks
-
-            (run / "wandb").mkdir(exist_ok=True)
-            with _without_secrets(sys.argv):  # wandb keeps the command line
-                self._wandb = wandb.init(
-                    project=config.project,
-                    name=run.name,
-                    dir=run,
-                    id=self.run_id,
-                    resume="allow",
-                    mode=config.wandb,
-                    config=values,
-                    settings=wandb.Settings(silent=True),
-                )
-            # Its hooks would count each import from here on, and fail with it once the service is gone.
-            import_hooks.unregister_all_post_import_hooks()
-            self._wandb.define_metric("*", step_metric="step")
-            self.run_id = self._wandb.id
-        except Exception as error:  # tracking must never end a run, whatever the service does
-            say(f"wandb is off: {error}")
+        self._tracker = Tracker(run, config, run_id, values)
+        self.run_id = self._tracker.run_id
 
     def write(self, values: dict[str, Any]) -> None:
         """Append one line; `values` holds "step". What is not finite is written as null."""
@@ -134,7 +176,7 @@ class Metrics:
             return
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         self._file.write(json.dumps(finite) + "\n")
-        self._mirror("log", values)
+        self._tracker.log(values)
 
     def write_keys(self, step: int, keys: list[str]) -> None:
         """The keys of this rank's samples of `step`, where they are wanted. A collective."""
@@ -142,14 +184,6 @@ class Metrics:
             of_ranks = dist.all_gather(keys)
             if self._keys is not None:
                 self._keys.write(json.dumps({"step": step, "keys": sorted(k for of in of_ranks for k in of)}) + "\n")
-
-    def _mirror(self, method: str, *arguments: Any) -> None:
-        if self._wandb is not None:
-            try:
-                getattr(self._wandb, method)(*arguments)
-            except Exception as error:
-                say(f"wandb is off from here: {error}")
-                self._wandb = None
 
     def sync(self) -> None:
         """Bring the lines to the disk: a checkpoint must not be ahead of them."""
@@ -161,7 +195,7 @@ class Metrics:
         if dist.rank() == 0:
             for file in filter(None, (self._file, self._keys)):
                 file.close()
-            self._mirror("finish")
+            self._tracker.finish()
 
 
 @contextmanager
