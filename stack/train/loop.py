@@ -102,6 +102,7 @@ def train(config: TrainConfig) -> bool:
                     weights = ema.gathered()
                     if averaged is not None and weights is not None:
                         metrics.write(_publish(run, done, objective, data, averaged.to(device), weights))
+                        snapshot.retire(run, done, config.snapshot, size)
                     dist.barrier()
                 stop = preemption.agreed()
                 if done % save_every == 0 or done == total or stop:

@@ -19,7 +19,8 @@ from stack.train.autoencoder import AutoencoderConfig, AutoencoderObjective
 from stack.train.checkpoint import CheckpointConfig
 from stack.train.objective import Objective
 from stack.train.rectified_flow import RectifiedFlow, RectifiedFlowConfig
-from stack.train.schedule import ScheduleConfig, Span
+from stack.train.schedule import ScheduleConfig
+from stack.train.snapshot import SnapshotConfig
 
 
 class RunConfig(Config):
@@ -30,11 +31,6 @@ class RunConfig(Config):
     """Steps in a row with a non-finite gradient that end the run."""
     watchdog_s: PositiveFloat = 900
     """Seconds without a step after which a rank writes its stacks and ends; more than the slowest snapshot takes."""
-
-
-class SnapshotConfig(Config):
-    every: Span = 500
-    """Steps between two snapshots, each with a validation loss and a sample grid; the last step always has one."""
 
 
 class TrainConfig(Config):
