@@ -38,6 +38,11 @@ def draw(moments: Moments, noise_BCHW: Tensor, affine: Affine) -> Tensor:
     return (z - affine.shift) * affine.scale
 
 
+def to_uint8(image_BCHW: Tensor) -> Tensor:
+    """Images in −1…1 as uint8 [B, H, W, 3], on the CPU."""
+    return ((image_BCHW.float() + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu()
+
+
 class Codec(nn.Module):
     """A KL autoencoder. Images are in −1…1, [B, 3, H, W], sides divisible by `factor`."""
 

@@ -12,7 +12,15 @@ import click
 @click.argument("run", type=click.Path(path_type=Path))
 @click.argument("overrides", nargs=-1)
 @click.option("--step", type=int, help="Snapshot of this training step; the newest if not given.")
+@click.option("--watch", is_flag=True, help="Evaluate every snapshot as it appears, until the run has finished.")
 @click.option("--scenes", default=0, show_default=True, help="Judge so many samples of each kind of drawn scene.")
+@click.option("--samples", default=0, show_default=True, help="Draw so many samples for the held-out captions.")
+@click.option("--inception", type=click.Path(path_type=Path), help="InceptionV3's weights: FID and KID of the samples.")
+@click.option("--reference", type=click.Path(path_type=Path), help="Folder of images to compare with, instead of the"
+              " held-out ones.")  # fmt: skip
+@click.option(
+    "--clip", type=click.Path(path_type=Path), help="Folder of an open_clip model: CLIP score of the samples."
+)
 @click.option(
     "--steps", type=int, help="Solver steps; as in the run's own sample grids if not given, like the next two."
 )
@@ -24,21 +32,47 @@ def command(
     run: Path,
     overrides: tuple[str, ...],
     step: int | None,
-    scenes: int,
+    watch: bool,
     steps: int | None,
     guidance: float | None,
     shift: float | None,
-    seed: int,
-    batch_size: int,
+    **asked: object,
 ) -> None:
-    """Validation loss of RUN at t = i/8 on fixed noise and, with --scenes N, accuracy on drawn scenes.
+    """Validation loss of RUN at t = i/8 on fixed noise and, if asked for, FID, KID and CLIP score of samples and the
+    accuracy on drawn scenes.
 
-    Appends to RUN/eval.jsonl and prints the result as JSON. OVERRIDES are dotted keys of the run's configuration: where
-    its data has moved (data.path=PATH), or has a URL with a password, which is not saved.
+    RUN/eval.jsonl has a line for each snapshot and settings; this one is printed as JSON. OVERRIDES are dotted keys of
+    the run's configuration: where its data has moved (data.path=PATH), or has a URL with a password, which is not kept.
+
+    With --watch, RUN need not exist yet. Start it several times on a shared folder to share the work. Exit code 85:
+    stopped by a signal; the same command goes on. Exit code 1: a snapshot could not be evaluated.
     """
-    from stack.evaluate.run import evaluate
+    given = {"steps": steps, "guidance": guidance, "shift": shift}
+    asked["sampling"] = {key: value for key, value in given.items() if value is not None}
+    if watch:
+        _watch(run, step, asked, overrides)
+        return
+    from stack.config import validate
+    from stack.evaluate.run import EvaluationConfig, evaluate
 
-    asked = {"steps": steps, "guidance": guidance, "shift": shift}
-    given = {key: value for key, value in asked.items() if value is not None}
-    result = evaluate(run, step, scenes, given, seed, batch_size, overrides)
-    click.echo(json.dumps(result, indent=1))
+    config = validate(EvaluationConfig, asked, "options")
+    click.echo(json.dumps(evaluate(run, step, config, overrides), indent=1))
+
+
+def _watch(run: Path, step: int | None, asked: dict[str, object], overrides: tuple[str, ...]) -> None:
+    from stack.train.preempt import EXIT_CODE, held_back
+
+    with held_back():
+        from stack.config import UserError, validate
+        from stack.evaluate.run import EvaluationConfig
+        from stack.evaluate.watch import Stopped, watch
+
+        if step is not None:
+            raise UserError("--watch evaluates every snapshot: leave out --step")
+        try:
+            failed = watch(run, validate(EvaluationConfig, asked, "options"), overrides)
+        except Stopped:
+            raise click.exceptions.Exit(EXIT_CODE) from None
+    if failed:
+        click.echo(f"mmdit: {run}: could not evaluate the snapshots of steps {', '.join(map(str, failed))}", err=True)
+        raise click.exceptions.Exit(1)

@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # Each package of stack may import those of its own row and of the rows above.
 LAYERS = [
-    {"config", "dist", "files", "log", "shown"},
+    {"claims", "config", "dist", "files", "log", "shown"},
     {"nn", "flow", "data", "text"},
     {"models"},
     {"parallel"},
@@ -58,6 +58,7 @@ def test_imports_point_one_way(path):
         ("diffusers", "autoencoders/codec.py"),
         ("wandb", "stack/log.py"),
         ("triton", "stack/nn/kernels/fused.py"),
+        ("torch_fidelity", "stack/evaluate/metrics.py"),
     ],
 )
 def test_a_heavy_library_has_one_home(module, home):

@@ -5,6 +5,7 @@ Shapes: B batch · C channels · H W height, width (pixels of an image, or posit
 
 from __future__ import annotations
 
+import json
 import signal
 import threading
 import time
@@ -339,6 +340,21 @@ class LatentDataset(ShardData):
                     f"data.captions: {redact(self.folder)} has no caption {name!r}, it has {', '.join(names)}"
                 )
         return [config.captions.get(name, 0.0) for name in names]
+
+    def validation_captions(self) -> list[str]:
+        """The first caption of each held-out sample, by position. UserError where one was encoded without its text."""
+        captions = []
+        for sample in self._validation:
+            shard, row = self.shards.locate(sample)
+            try:
+                caption = json.loads(self._reader.read(shard, row, "json"))["caption"]
+            except (ValueError, KeyError, TypeError, RecursionError):
+                caption = None
+            if not isinstance(caption, str):
+                index = self.shards.index(shard)
+                raise UserError(f"{redact(index.url)}: sample {printable(index.key(row))} keeps no caption as text")
+            captions.append(caption)
+        return captions
 
     def _bucket_of(self, width: np.ndarray, height: np.ndarray) -> np.ndarray:
         codes = (width.astype(np.int64) << 32) + height

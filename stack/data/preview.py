@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from autoencoders.codec import Codec, fingerprint
+from autoencoders.codec import Codec, fingerprint, to_uint8
 from stack import dist
 from stack.config import UserError
 from stack.data import mlperf
@@ -133,8 +133,8 @@ def encoded_cards(
             continue
         mean_BCHW = tensors["latent_mean"].to(dist.device(), torch.float32)
         with torch.inference_mode():
-            pixels = codec.decode_raw(mean_BCHW)[0].clamp(-1, 1).add(1).mul(127.5).round().byte().permute(1, 2, 0)
-        decoded = Image.fromarray(pixels.cpu().numpy())
+            pixels = to_uint8(codec.decode_raw(mean_BCHW).clamp(-1, 1))[0]
+        decoded = Image.fromarray(pixels.numpy())
         try:
             original = originals.find(index.name, card.key)
             if original is not None:

@@ -1,84 +1,262 @@
-"""Evaluation of a run's snapshot: validation loss on fixed noise, and accuracy on drawn scenes."""
+"""Evaluation of a run's snapshots: validation loss, FID, KID and CLIP score of samples, accuracy on drawn scenes.
+
+eval/STEP/SETTINGS.json   one result, published by rename: the truth, whoever measured it
+eval/STEP/*.png           the samples that were looked at
+eval.jsonl                a line a result, gathered from them
+"""
 
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
 
+from autoencoders.codec import Codec
 from stack import config as configuration
 from stack import dist
-from stack.config import UserError, validate
+from stack.claims import Claims
+from stack.config import Config, UserError, validate
+from stack.data.dataset import LatentDataset
 from stack.data.synthetic import evaluation_prompts, prompt
-from stack.evaluate.sample import load_sampler
+from stack.evaluate import metrics
+from stack.evaluate.metrics import Inception
+from stack.evaluate.sample import draw
 from stack.evaluate.scenes import judge, shares
 from stack.files import publish
-from stack.log import say
+from stack.log import Tracker, say
+from stack.shown import redact
+from stack.text.encoders import ClipScore, TextEncoders
 from stack.train import loop, recipe, snapshot
 from stack.train.pictures import contact_sheet
 from stack.train.recipe import TrainConfig
-from stack.train.sampler import SamplerConfig
+from stack.train.rectified_flow import RectifiedFlow, RectifiedFlowConfig
+from stack.train.sampler import Sampler, SamplerConfig
+from stack.train.schedule import steps_of
+
+MAX_SHOWN = 64
+"""Samples on a contact sheet."""
 
 
-def evaluate(
-    run: Path,
-    step: int | None,
-    num_scenes: int,
-    sampling: dict[str, Any],
-    seed: int,
-    batch_size: int,
-    overrides: Sequence[str] = (),
-) -> dict[str, Any]:
-    """Measure one snapshot, append the result to RUN/eval.jsonl, put the judged samples under RUN/eval/STEP/.
+class EvaluationConfig(Config):
+    """What is measured. Paths are local: nothing is fetched."""
 
-    sampling: keys of SamplerConfig that win over those of the run's own sample grids.
+    scenes: NonNegativeInt = 0
+    """Samples for each of one and two drawn shapes, seen and held-out combinations."""
+    samples: NonNegativeInt = 0
+    """Samples for the captions of the held-out samples, one after another and from the first again."""
+    inception: Path | None = None
+    """InceptionV3's weights: FID and KID of the samples."""
+    reference: Path | None = None
+    """Folder of images that they are compared with; else the held-out images, decoded from their latents."""
+    clip: Path | None = None
+    """Folder of a CLIP as open_clip saves it: CLIP score of the samples."""
+    sampling: dict[str, Any] = Field(default={})
+    """Keys of SamplerConfig that win over those of the run's own sample grids."""
+    seed: NonNegativeInt = 0
+    batch_size: PositiveInt = 64
+
+    @field_validator("inception", "reference", "clip")
+    @classmethod
+    def _from_anywhere(cls, path: Path | None) -> Path | None:
+        return None if path is None else path.resolve()
+
+    @model_validator(mode="after")
+    def _measures_what_it_draws(self) -> EvaluationConfig:
+        if self.samples == 1 or (self.samples > 0) != (self.inception is not None or self.clip is not None):
+            raise ValueError("samples (2 or more) and what measures them, inception or clip, go together")
+        if self.reference is not None and self.inception is None:
+            raise ValueError("reference is for inception")
+        return self
+
+
+class Evaluator:
+    """The snapshots of one run, measured one by one: data, networks and what is compared with are built once.
+
     overrides: of the run's configuration, dotted.
-    num_scenes: samples for each of one and two shapes, seen and held-out combinations; 0 leaves scenes out.
+    Raises UserError where the run or what `asked` names is missing or does not fit.
     """
-    if not (run / "config.yaml").exists():
-        raise UserError(f"{run}: no config.yaml; not a run folder")
-    trained = configuration.load(TrainConfig, run / "config.yaml", overrides)
-    device = dist.device()
-    data, objective = recipe.build(trained, device)
-    snap = snapshot.read(run, step)
-    objective.network.load_state_dict(snap.weights)
-    network = objective.network.to(device).eval()
-    result: dict[str, Any] = {"step": snap.step, "val_loss": loop.validation_loss(objective, network, data, batch_size)}
-    if num_scenes:
-        values = {**snap.metadata["sampling"], **sampling}
-        del values["size"]
-        config = validate(SamplerConfig, values, "options")
-        result.update(_scenes(run, snap.step, num_scenes, config, seed, device))
-        result["sampling"] = config.model_dump()
-    path = run / "eval.jsonl"
-    known = path.read_text() if path.exists() else ""
-    with publish(path) as temporary:
-        temporary.write_text(known + json.dumps(result) + "\n")
+
+    def __init__(self, run: Path, asked: EvaluationConfig, overrides: Sequence[str] = ()):
+        if not (run / "config.yaml").exists():
+            raise UserError(f"{run}: no config.yaml; not a run folder")
+        self.run, self.leases = run, snapshot.leases(run)
+        self._asked, self._device = asked, dist.device()
+        self._settings = asked.model_dump(mode="json", exclude={"batch_size"})
+        self._settings["overrides"] = [redact(override) for override in overrides]
+        self._mark = configuration.fingerprint_of(self._settings)[:12]
+        self._trained = configuration.load(TrainConfig, run / "config.yaml", overrides)
+        self._data, self._objective = recipe.build(self._trained, self._device)
+        self._tracker: Tracker | None = None
+        if asked.scenes or asked.samples:
+            objective = self._trained.objective
+            if not isinstance(objective, RectifiedFlowConfig):
+                raise UserError(f"{run}: a run of kind {objective.kind!r} does not draw images from prompts")
+            self._text = objective.text
+            self._codec = Codec.load(objective.autoencoder).to(self._device)
+        if asked.scenes:
+            self._encoders = TextEncoders(self._text, self._device)
+        if asked.samples:
+            self._prepare_samples(asked.samples)
+
+    def _prepare_samples(self, count: int) -> None:
+        asked, data = self._asked, self._data
+        assert isinstance(data, LatentDataset)
+        texts, sizes = metrics.held_out_prompts(data, asked.batch_size)
+        if not texts:
+            raise UserError(f"{self.run}: no samples are held out to take captions from; see data.validation_share")
+        rows = [row % len(texts) for row in range(count)]
+        self._texts, self._sizes = [texts[row] for row in rows], [sizes[row] for row in rows]
+        self._inception = self._clip = None
+        if asked.inception is not None:
+            self._inception = Inception(asked.inception, self._device, asked.batch_size)
+            reference = metrics.images_in(asked.reference) if asked.reference else None
+            images = reference or metrics.decoded(data, self._codec, asked.batch_size)
+            self._reference_ND = self._inception.features(images)
+            if len(self._reference_ND) < 2:
+                raise UserError(
+                    f"inception: {asked.reference or 'the held-out share'} has too few images to compare with"
+                )
+        if asked.clip is not None:
+            self._clip = ClipScore(asked.clip, self._device)
+            captions = data.validation_captions()
+            self._captions = [captions[row] for row in rows]
+
+    def result(self, step: int) -> Path:
+        """Where the result of snapshot `step` with these settings is found once it was measured."""
+        return self.run / "eval" / f"{step:08d}" / f"{self._mark}.json"
+
+    def lease(self, step: int) -> str:
+        """Name of the claim under which snapshot `step` is measured with these settings."""
+        return f"{step:08d}.{self._mark}"
+
+    def finished(self) -> bool:
+        """Whether the run has come to its last step, which has a snapshot unless the disk was full."""
+        last = steps_of(self._trained.schedule.steps, self._trained.data.batch_size)
+        return last in snapshot.steps(self.run) or (self.run / "checkpoints" / f"{last:08d}" / "COMPLETE").exists()
+
+    def measure(self, step: int) -> dict[str, Any]:
+        """The result of one snapshot, whose lease the caller holds; what was drawn is shown under RUN/eval/STEP/."""
+        began = time.monotonic()
+        snap = snapshot.read(self.run, step)
+        expected = self._objective.metadata().get("encoders")
+        if snap.metadata.get("encoders") != expected:
+            raise UserError(f"{snap.path}: trained with encoders {snap.metadata.get('encoders')}, found {expected}")
+        self._objective.network.load_state_dict(snap.weights)
+        network = self._objective.network.to(self._device).eval()
+        loss_N = loop.validation_losses(self._objective, network, self._data, self._asked.batch_size)
+        result: dict[str, Any] = {"step": step, "val_loss": float(loss_N.mean())}
+        if isinstance(self._objective, RectifiedFlow):
+            result["val_loss_at_t"] = metrics.by_timestep(loss_N)
+        if self._asked.scenes or self._asked.samples:
+            values = {**snap.metadata["sampling"], **self._asked.sampling}
+            del values["size"]
+            config = validate(SamplerConfig, values, "options")
+            sampler = Sampler(network, self._codec, self._text.pad)  # type: ignore[arg-type]
+            result |= self._samples(step, sampler, config) if self._asked.samples else {}
+            result |= self._scenes(step, sampler, config) if self._asked.scenes else {}
+            result["sampling"] = config.model_dump()
+        result |= {"settings": self._settings, "seconds": round(time.monotonic() - began, 1)}
+        finite: dict[str, Any] = json.loads(json.dumps(result), parse_constant=lambda _: None)  # others become null
+        return finite
+
+    def report(self, result: dict[str, Any]) -> None:
+        """Publish a result, gather RUN/eval.jsonl, and log to the training's wandb run where it has one by then."""
+        with publish(self.result(result["step"])) as temporary:
+            temporary.write_text(json.dumps(result) + "\n")
+        gather(self.run, self.leases)
+        if self._tracker is None:
+            self._tracker = Tracker.join(self.run, self._trained.log)
+        if self._tracker is not None:
+            self._tracker.log(numbers(result))
+
+    def _samples(self, step: int, sampler: Sampler, config: SamplerConfig) -> dict[str, Any]:
+        features: list[torch.Tensor] = []
+        scores: list[float] = []
+        shown: list[np.ndarray] = []
+        for rows, images in draw(sampler, self._texts, self._sizes, config, self._asked.seed):
+            shown += images[: MAX_SHOWN - len(shown)]
+            if self._inception is not None:
+                features.append(self._inception.features(images))
+            if self._clip is not None:
+                scores += self._clip(images, [self._captions[row] for row in rows])
+        self._show(step, "samples", contact_sheet(shown))
+        result: dict[str, Any] = {}
+        if self._inception is not None:
+            drawn_ND = torch.cat(features)
+            result["fid"] = metrics.fid(drawn_ND, self._reference_ND)
+            result["kid"], result["kid_std"] = metrics.kid(drawn_ND, self._reference_ND)
+        if self._clip is not None:
+            result["clip_score"] = float(np.mean(scores))
+        return result
+
+    def _scenes(self, step: int, sampler: Sampler, config: SamplerConfig) -> dict[str, Any]:
+        result: dict[str, Any] = {}
+        for held_out in (False, True):
+            for num_shapes in (1, 2):
+                name = f"{'heldout' if held_out else 'seen'}_{num_shapes}"
+                seed = self._asked.seed
+                scenes = evaluation_prompts(self._asked.scenes, seed, num_shapes=num_shapes, held_out=held_out)
+                texts = self._encoders.encode([prompt(scene) for scene in scenes])
+                images: list[Any] = [None] * len(scenes)
+                for rows, drawn in draw(sampler, texts, [scene.size for scene in scenes], config, seed):
+                    for row, image in zip(rows, drawn, strict=True):
+                        images[row] = image
+                verdicts = [judge(image, scene) for image, scene in zip(images, scenes, strict=True)]
+                result[name] = shares(verdicts)
+                marks = [
+                    f"{'+' if v.all_right else 'WRONG'} {prompt(s)}" for v, s in zip(verdicts, scenes, strict=True)
+                ]
+                self._show(step, name, contact_sheet(images, marks, columns=12, cell=96))
+                say(f"{name}: {result[name]}")
+        return result
+
+    def _show(self, step: int, name: str, sheet: Any) -> None:
+        with publish(self.run / "eval" / f"{step:08d}" / f"{name}.png") as temporary:
+            sheet.save(temporary, format="png")
+
+    def close(self) -> None:
+        if self._tracker is not None:
+            self._tracker.finish()
+
+
+def evaluate(run: Path, step: int | None, asked: EvaluationConfig, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Measure snapshot `step` (the newest, if None) anew; its result takes the place of an older one of the same
+    settings in RUN/eval.jsonl."""
+    step = snapshot.find(run, step)
+    with closing(Evaluator(run, asked, overrides)) as evaluator, evaluator.leases.hold(evaluator.lease(step)):
+        result = evaluator.measure(step)
+        evaluator.report(result)
     return result
 
 
-def _scenes(
-    run: Path, step: int, num_scenes: int, sampling: SamplerConfig, seed: int, device: torch.device
-) -> dict[str, Any]:
-    sampler, encoders, _ = load_sampler(run, device, step)
-    result: dict[str, Any] = {}
-    for held_out in (False, True):
-        for num_shapes in (1, 2):
-            name = f"{'heldout' if held_out else 'seen'}_{num_shapes}"
-            scenes = evaluation_prompts(num_scenes, seed, num_shapes=num_shapes, held_out=held_out)
-            images: list[Any] = [None] * len(scenes)
-            for size in sorted({scene.size for scene in scenes}):
-                rows = [i for i, scene in enumerate(scenes) if scene.size == size]
-                texts = encoders.encode([prompt(scenes[i]) for i in rows])
-                for i, image in zip(rows, sampler.sample(texts, size, sampling, rows, seed), strict=True):
-                    images[i] = image
-            verdicts = [judge(image, scene) for image, scene in zip(images, scenes, strict=True)]
-            result[name] = shares(verdicts)
-            marks = [f"{'+' if v.all_right else 'WRONG'} {prompt(s)}" for v, s in zip(verdicts, scenes, strict=True)]
-            with publish(run / "eval" / f"{step:08d}" / f"{name}.png") as temporary:
-                contact_sheet(images, marks, columns=12, cell=96).save(temporary, format="png")
-            say(f"{name}: {result[name]}")
-    return result
+def gather(run: Path, leases: Claims) -> None:
+    """Write RUN/eval.jsonl from all results there are. One evaluator at a time, so that the last to write has seen what
+    all others published before."""
+    while True:
+        with leases.hold("eval.jsonl") as mine:
+            if mine:
+                paths = sorted(
+                    (run / "eval").glob("*/*.json"), key=lambda path: (path.parent.name, path.stat().st_mtime)
+                )
+                with publish(run / "eval.jsonl") as temporary:
+                    temporary.write_text("".join(path.read_text() for path in paths))
+                return
+        time.sleep(0.1)
+
+
+def numbers(result: dict[str, Any]) -> dict[str, float]:
+    """The measurements of a result, flat, as eval/NAME; eval/step is their axis."""
+    flat: dict[str, float] = {}
+    for name, value in result.items():
+        if isinstance(value, dict) and name not in ("sampling", "settings"):
+            flat |= {f"eval/{name}/{key}": part for key, part in value.items() if part is not None}
+        elif isinstance(value, int | float):
+            flat[f"eval/{name}"] = value
+    return flat

@@ -1,18 +1,21 @@
-"""A run's sampler, from its snapshot: no DeepSpeed, no data set."""
+"""A run's sampler, from its snapshot: no DeepSpeed, no data set; and samples of several sizes."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from autoencoders.codec import Codec
 from stack.config import UserError
 from stack.models.mmdit import MMDiT, MMDiTConfig
+from stack.text.conditioning import EncodedText
 from stack.text.encoders import TextEncoders
 from stack.train import snapshot
 from stack.train.rectified_flow import check_encoders
-from stack.train.sampler import Sampler
+from stack.train.sampler import Sampler, SamplerConfig
 
 
 def load_sampler(
@@ -31,3 +34,14 @@ def load_sampler(
     network = network.to(device).eval()
     codec = Codec.load(snap.metadata["autoencoder"]).to(device)
     return Sampler(network, codec, text.pad), TextEncoders(text, device), snap
+
+
+def draw(
+    sampler: Sampler, texts: Sequence[EncodedText], sizes: Sequence[tuple[int, int]], config: SamplerConfig, seed: int
+) -> Iterator[tuple[list[int], list[np.ndarray]]]:
+    """Batches of (rows, images): image i of `seed` is drawn for texts[i], at sizes[i] = (width, height)."""
+    for size in sorted(set(sizes)):
+        alike = [row for row, of_row in enumerate(sizes) if of_row == size]
+        for start in range(0, len(alike), config.batch_size):
+            rows = alike[start : start + config.batch_size]
+            yield rows, sampler.sample([texts[row] for row in rows], size, config, rows, seed)

@@ -84,6 +84,23 @@ def collate(captions: Sequence[EncodedText], pad: Pad = "trim") -> TextBatch:
     return TextBatch(t5_BLD, None, t5_length_B, clip_l_BLD, clip_g_BLD, clip_length_B, pooled_BD, pad)
 
 
+def split(batch: TextBatch) -> list[EncodedText]:
+    """The captions of a batch: what `collate` was given."""
+    batch = batch.to()  # float8 with its scale becomes float32
+    captions = []
+    for i, (t5_length, clip_length) in enumerate(zip(batch.t5_length_B, batch.clip_length_B, strict=True)):
+        t5, clip_l, clip_g = (
+            None if tokens_BLD is None else tokens_BLD[i, :length]
+            for tokens_BLD, length in (
+                (batch.t5_BLD, t5_length),
+                (batch.clip_l_BLD, clip_length),
+                (batch.clip_g_BLD, clip_length),
+            )
+        )
+        captions.append(EncodedText(t5, clip_l, clip_g, batch.pooled_BD[i]))
+    return captions
+
+
 def _stack(embeddings: Sequence[Tensor | None]) -> tuple[Tensor | None, Tensor]:
     present = [embedding for embedding in embeddings if embedding is not None]
     if not present:

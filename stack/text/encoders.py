@@ -18,8 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pydantic
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from stack.config import Config, UserError
@@ -138,6 +140,40 @@ class TextEncoders:
 def fingerprints(config: TextConfig) -> dict[str, str]:
     """sha256 by encoder over the bytes of its configuration, weights and tokenizer. Loads no weights."""
     return {name: _fingerprint(name, folder) for name, folder in folders(config).items()}
+
+
+class ClipScore:
+    """100·cos(image, caption), at least 0, of each pair (Hessel et al., arXiv 2104.08718, in torchmetrics' scale).
+
+    folder: open_clip_config.json and open_clip_model.safetensors of a whole CLIP. Nothing is fetched.
+    Raises UserError where they are missing or do not fit.
+    """
+
+    def __init__(self, folder: Path, device: torch.device):
+        import open_clip
+        from safetensors import SafetensorError
+
+        for name in (OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHTS):
+            if not (folder / name).is_file():
+                raise UserError(f"clip: {folder} has no {name}; expected a CLIP as open_clip saves it")
+        try:
+            if "hf_model_name" in json.loads((folder / OPEN_CLIP_CONFIG).read_text())["model_cfg"]["text_cfg"]:
+                raise ValueError("its text tower is described on the hub: name a CLIP with open_clip's own")
+            with torch.random.fork_rng(devices=[]):
+                model, self._transform = open_clip.create_model_from_pretrained(f"local-dir:{folder}")
+            self._tokenize = open_clip.get_tokenizer(f"local-dir:{folder}")
+        except (OSError, RuntimeError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            raise UserError(f"clip: {folder} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
+        self._model: Any = model.requires_grad_(False).eval().to(device)
+        self._device = device
+
+    @torch.inference_mode()
+    def __call__(self, images: Sequence[np.ndarray], captions: Sequence[str]) -> list[float]:
+        """images: uint8 [H, W, 3]."""
+        image_BCHW = torch.stack([self._transform(Image.fromarray(image)) for image in images])
+        image_BD = self._model.encode_image(image_BCHW.to(self._device), normalize=True)
+        text_BD = self._model.encode_text(self._tokenize(list(captions)).to(self._device), normalize=True)
+        return (100 * (image_BD * text_BD).sum(-1)).clamp(min=0).tolist()
 
 
 # Files

@@ -13,7 +13,7 @@ from PIL.Image import Image
 from torch import Tensor, nn
 
 from autoencoders import losses
-from autoencoders.codec import Codec
+from autoencoders.codec import Codec, to_uint8
 from stack.config import Config, UserError
 from stack.data.dataset import ImageBatch, ImageDataset
 from stack.flow.noise import Draws
@@ -82,9 +82,8 @@ class AutoencoderObjective:
         image_BCHW = self._shown.image_BCHW
         moments = network.encode(image_BCHW.to(next(network.parameters()).dtype))
         output_BCHW = network.decode_raw(moments.mean_BCHW)
-        pairs = torch.cat([image_BCHW, output_BCHW.float().clamp(-1, 1)])
-        pixels = ((pairs + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-        return contact_sheet(list(pixels), columns=len(image_BCHW))
+        pixels = to_uint8(torch.cat([image_BCHW, output_BCHW.float().clamp(-1, 1)]))
+        return contact_sheet(list(pixels.numpy()), columns=len(image_BCHW))
 
     def metadata(self) -> dict[str, Any]:
         return {"kind": self._config.kind, "autoencoder": self._config.model_dump(mode="json")}

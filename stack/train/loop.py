@@ -193,15 +193,20 @@ def _write_config(run: Path, config: TrainConfig) -> None:
             temporary.write_text(configuration.dump(config))
 
 
-def validation_loss(objective: Objective, network: nn.Module, data: ShardData, batch_size: int = 64) -> float:
-    """Mean loss over the held-out samples, on noise that depends on a sample's place in the set alone."""
+def validation_loss(objective: Objective, network: nn.Module, data: ShardData) -> float:
+    """Mean of `validation_losses`; NaN if no samples are held out."""
+    return float(validation_losses(objective, network, data, 64).mean())
+
+
+def validation_losses(objective: Objective, network: nn.Module, data: ShardData, batch_size: int) -> torch.Tensor:
+    """The loss of each held-out sample [N], float64, on noise that depends on a sample's place in the set alone."""
     losses: list[torch.Tensor] = []
     draws = NoisePlan(0)
     with torch.inference_mode():
         for batch in data.validation(batch_size):
             batch = batch.to(dist.device())
             losses.append(objective.validate(network, batch, draws.at(0, batch.positions)).double().cpu())
-    return float(torch.cat(losses).mean()) if losses else float("nan")
+    return torch.cat(losses) if losses else torch.empty(0, dtype=torch.float64)
 
 
 def _publish(

@@ -31,6 +31,8 @@ from stack.train.pictures import contact_sheet
 from stack.train.sampler import Sampler, SamplerConfig, check_size
 from stack.train.snapshot import Snapshot
 
+VALIDATION_LEVELS = 8
+
 Probability = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -171,8 +173,8 @@ class RectifiedFlow:
 
     def validate(self, network: nn.Module, batch: LatentBatch, draws: Draws) -> Tensor:
         """One level a sample, t = i/8 with i its place in the set modulo 8 (MLPerf Training v5.1's rule)."""
-        levels = torch.tensor([position % 8 / 8 for position in batch.positions], device=batch.mean_BCHW.device)
-        return self._error_B(network, batch, draws, levels)[0]
+        levels = [position % VALIDATION_LEVELS / VALIDATION_LEVELS for position in batch.positions]
+        return self._error_B(network, batch, draws, torch.tensor(levels, device=batch.mean_BCHW.device))[0]
 
     def preview(self, network: nn.Module) -> Image:
         assert isinstance(network, MMDiT)

@@ -13,7 +13,7 @@ import torch
 from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor
 
-from autoencoders.codec import Codec
+from autoencoders.codec import Codec, to_uint8
 from stack.config import Config, UserError
 from stack.flow import guidance, solvers
 from stack.flow.noise import NoisePlan
@@ -74,7 +74,7 @@ class Sampler:
             noise_BCHW = NoisePlan(seed).at(0, list(numbers[chosen])).normal("noise", shape)
             latent_BCHW = self._integrate(list(texts[chosen]), noise_BCHW, config)
             pixels = self._codec.decode(latent_BCHW.to(next(self._codec.parameters()).dtype))
-            images += list(((pixels.float() + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy())
+            images += list(to_uint8(pixels).numpy())
         return images
 
     def _integrate(self, texts: list[EncodedText], noise_BCHW: Tensor, config: SamplerConfig) -> Tensor:

@@ -1,0 +1,110 @@
+"""Evaluation as a service: every snapshot of a run, as they appear on the shared folder, by any number of evaluators.
+
+An evaluator leases a snapshot (`stack.claims`), so that nobody else takes it and retention spares it, and publishes the
+result. If it dies, the lease goes to another. What was measured with the same settings is not measured again.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+from stack.evaluate.run import EvaluationConfig, Evaluator, numbers
+from stack.log import say
+from stack.train import snapshot
+from stack.train.preempt import SIGNALS
+
+POLL_S = 2.0
+MAX_TRIES = 3
+"""Of a snapshot, by one evaluator."""
+
+
+class Stopped(BaseException):
+    """The evaluator was asked to stop."""
+
+
+class _Stop:
+    """Listens for SIGUSR1, SIGUSR2 and SIGTERM while the `with` block lasts. They end what is marked as interruptible
+    at once; leases are taken and released, and results published, undisturbed."""
+
+    def __enter__(self) -> _Stop:
+        self._asked = self._interrupts = False
+        self._before = {s: signal.signal(s, self._set) for s in SIGNALS}
+        self._mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
+        for s, handler in self._before.items():
+            signal.signal(s, handler)
+
+    def _set(self, number: int, frame: object) -> None:
+        self._asked = True
+        if self._interrupts:
+            self._interrupts = False
+            raise Stopped
+
+    def check(self) -> None:
+        if self._asked:
+            raise Stopped
+
+    @contextmanager
+    def interrupting(self) -> Iterator[None]:
+        self._interrupts = True
+        try:
+            self.check()
+            yield
+        finally:
+            self._interrupts = False
+
+
+def watch(run: Path, asked: EvaluationConfig, overrides: Sequence[str] = ()) -> list[int]:
+    """Evaluate the snapshots of `run` until it has come to its last step and none is left.
+
+    Waits for the run's folder, for snapshots, and for those that others evaluate. Returns the steps of snapshots that
+    failed MAX_TRIES times. SIGUSR1, SIGUSR2 or SIGTERM end it by `Stopped`: the lease in hand is released, and what was
+    measured of that snapshot is lost. Raises UserError as `Evaluator` does.
+    """
+    with _Stop() as stop:
+        if not (run / "config.yaml").exists():
+            say(f"{run}: waiting for a training to begin here")
+        while not (run / "config.yaml").exists():
+            stop.check()
+            time.sleep(POLL_S)
+        with stop.interrupting():
+            evaluator = Evaluator(run, asked, overrides)
+        with closing(evaluator):
+            failures: Counter[int] = Counter()
+            say(f"{run}: watching for snapshots")
+            while True:
+                stop.check()
+                finished = evaluator.finished()  # asked first: then the last snapshot is among those seen next
+                steps = [step for step in snapshot.steps(run) if not evaluator.result(step).exists()]
+                left = [step for step in steps if failures[step] < MAX_TRIES]
+                if finished and not left:
+                    return steps
+                if not any(_evaluate(evaluator, step, failures, stop) for step in left):
+                    time.sleep(POLL_S)
+
+
+def _evaluate(evaluator: Evaluator, step: int, failures: Counter[int], stop: _Stop) -> bool:
+    """Whether snapshot `step` was evaluated; not if another evaluator has it in hand or was first."""
+    with evaluator.leases.hold(evaluator.lease(step)) as mine:
+        if not mine or evaluator.result(step).exists() or step not in snapshot.steps(evaluator.run):
+            return False
+        try:
+            with stop.interrupting():
+                result = evaluator.measure(step)
+            evaluator.report(result)
+        except Exception as error:
+            failures[step] += 1
+            reason = " ".join(str(error).split())
+            say(f"{evaluator.run}: snapshot {step} failed, try {failures[step]} of {MAX_TRIES}: {reason}")
+            return False
+    say(f"{evaluator.run}: {json.dumps(numbers(result))}")
+    return True
