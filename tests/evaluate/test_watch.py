@@ -190,3 +190,12 @@ def test_other_settings_are_another_evaluation(run, mmdit):
     assert listed(run) == [*STEPS, 4]
     done = mmdit("evaluate", run, "--watch", "--step", 4)
     assert (done.returncode, "leave out --step" in done.stderr) == (2, True)
+
+
+def test_tracking_that_fails_ends_no_evaluation(run, mmdit):
+    (run / "wandb.json").write_text(json.dumps({"id": "lost0001"}))
+    (run / "wandb").write_text("")  # where its folder would be
+    done = mmdit("evaluate", run, "--watch", "log.wandb=offline")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("wandb is off") == 1
+    assert listed(run) == STEPS
