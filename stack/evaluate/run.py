@@ -86,6 +86,7 @@ class Evaluator:
     def __init__(self, run: Path, asked: EvaluationConfig, overrides: Sequence[str] = ()):
         if not (run / "config.yaml").exists():
             raise UserError(f"{run}: no config.yaml; not a run folder")
+        validate(SamplerConfig, asked.sampling, "options")
         self.run, self.leases = run, snapshot.leases(run)
         self._asked, self._device = asked, dist.device()
         self._settings = asked.model_dump(mode="json", exclude={"batch_size"})

@@ -212,6 +212,7 @@ def test_the_command_measures_samples_of_the_held_out_captions(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (("--watch", "--steps", 0), "steps: "),
         (("--samples", 8), "go together"),
         (("--inception", "x.safetensors"), "go together"),
         (("--samples", 8, "--clip", "x", "--reference", "y"), "reference is for inception"),
