@@ -133,11 +133,8 @@ class Tracker:
     @classmethod
     def join(cls, run: Path, config: LogConfig) -> Tracker | None:
         """An evaluator's, for the wandb run of the training in the folder `run`; None if it has none."""
-        try:
-            run_id = json.loads((run / _WANDB).read_text())["id"]
-        except FileNotFoundError:
-            return None
-        return cls(run, config, run_id, None)
+        run_id = _known_id(run)
+        return None if run_id is None else cls(run, config, run_id, None)
 
     def log(self, values: dict[str, Any]) -> None:
         self._call("log", values)
@@ -154,6 +151,14 @@ class Tracker:
                 self._run = None
 
 
+def _known_id(run: Path) -> str | None:
+    """Of the wandb run that a training in this folder has begun, also one that died before its first checkpoint."""
+    try:
+        return str(json.loads((run / _WANDB).read_text())["id"])
+    except FileNotFoundError:
+        return None
+
+
 class Metrics:
     """Writes one JSON object a line on rank 0; lines after `resume_step` are those of a lost future and are cut off."""
 
@@ -167,7 +172,7 @@ class Metrics:
         self._file = _continued(self.path, resume_step)
         if config.keys:
             self._keys = _continued(run / "keys.jsonl", resume_step)
-        self._tracker = Tracker(run, config, run_id, values)
+        self._tracker = Tracker(run, config, run_id or _known_id(run), values)
         self.run_id = self._tracker.run_id
 
     def write(self, values: dict[str, Any]) -> None:
