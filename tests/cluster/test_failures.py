@@ -66,7 +66,7 @@ def test_a_full_disk_ends_no_run(stage, training):
 
 
 def test_the_death_of_wandb_s_service_ends_no_run(stage, training, history):
-    sections = {"schedule": {"steps": 200, "warmup": 1}}
+    sections = {"schedule": {"steps": 600, "warmup": 1}}
     run = training(stage.train_config("wandb-dead", log={"every": 1, "wandb": "offline"}, **sections), 1)
     run.wait_for_step(3)
     services = [p for p in children(run.process.pid) if "wandb" in " ".join(p.cmdline())]
