@@ -68,10 +68,11 @@ def _line(error: Exception) -> str:
 
 def main() -> None:
     """Entry point of the `mmdit` command."""
-    from launch.environment import set_defaults
+    from launch.environment import record_exit, set_defaults
 
     set_defaults()
     code = run()
+    record_exit(code)
     sys.stdout.flush()
     sys.stderr.flush()
     if code not in (0, 85):

@@ -1,17 +1,19 @@
-"""Who am I: a process that is alone, or one of several that `--ranks N` started here."""
+"""Who am I: a process that is alone, one of several that `--ranks N` started here, or a task of a Slurm step."""
 
 from __future__ import annotations
 
 import ctypes
 import logging
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import BinaryIO
 
 import click
@@ -37,16 +39,62 @@ def set_defaults() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("DO_NOT_TRACK", "1")
+    if "SLURM_LOCALID" in os.environ:  # which GPU is this task's, in commands that form no group as well
+        os.environ.setdefault("LOCAL_RANK", _slurm_local_rank())
+
+
+def record_exit(code: int) -> None:
+    """Tell slurm/job.sh what this rank ends with, unless another one has: srun reports the highest code of all ranks,
+    which is that of the ones it ended itself because the first had failed."""
+    if code and "MMDIT_EXIT_CODE" in os.environ:
+        with suppress(OSError), open(os.environ["MMDIT_EXIT_CODE"], "x") as file:
+            file.write(str(code))
 
 
 def is_rank() -> bool:
-    """Whether a launcher has already said which rank this process is.
+    """Whether a launcher has said which rank this process is: with torch's variables, or Slurm as one task of several,
+    for which torch's variables are then set.
 
-    Raises UserError for a Slurm step of several tasks without ranks: each would train alone, in one folder.
+    Raises UserError where Slurm's commands do not say on which address rank 0 is found.
     """
     if "RANK" not in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
-        raise UserError("srun started several tasks without RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT")
+        os.environ.update(slurm_rank())
     return "RANK" in os.environ
+
+
+def slurm_rank() -> dict[str, str]:
+    """The five variables of this task of a Slurm step."""
+    from stack.dist import VARIABLES
+
+    slurm = os.environ
+    # Below the ephemeral range, and another one for each step: of a step that was killed, a process may still listen.
+    port = 10_000 + (int(slurm["SLURM_JOB_ID"]) + 7919 * int(slurm["SLURM_STEP_ID"])) % 20_000
+    node = _scontrol("show", "hostnames", slurm["SLURM_STEP_NODELIST"]).split()[0]
+    values = slurm["SLURM_PROCID"], slurm["SLURM_STEP_NUM_TASKS"], _slurm_local_rank(), _address(node), str(port)
+    return dict(zip(VARIABLES, values, strict=True))
+
+
+def _slurm_local_rank() -> str:
+    """The number of this task on its node, among the GPUs that it sees: Slurm may show each task its own alone."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    local = int(os.environ["SLURM_LOCALID"])
+    return str(local % len(visible.split(",")) if visible else local)
+
+
+def _address(node: str) -> str:
+    """Of a Slurm node, whose name need not be a host's."""
+    try:
+        return str(socket.getaddrinfo(node, None)[0][4][0])
+    except OSError:
+        described = re.search(r"\bNodeAddr=(\S+)", _scontrol("show", "node", node))
+        return described[1] if described else node
+
+
+def _scontrol(*arguments: str) -> str:
+    try:
+        return subprocess.run(["scontrol", *arguments], capture_output=True, text=True, check=True, timeout=60).stdout
+    except (OSError, subprocess.SubprocessError) as error:
+        raise UserError(f"scontrol does not say where rank 0 is; set RANK, WORLD_SIZE, … yourself ({error})") from None
 
 
 def die_with_parent() -> None:

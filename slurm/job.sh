@@ -1,0 +1,82 @@
+# What the scripts of this folder share: one srun step a node and rank, and what follows its end. Sourced at the
+# repository's root, inside a batch job.
+# shellcheck shell=bash
+
+set +u # functions of environment modules read variables that are not set
+# shellcheck source=slurm/cluster.env
+source slurm/cluster.env
+set -u
+
+# As scontrol names this job: a bare number would be all tasks of an array.
+job=${SLURM_ARRAY_TASK_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+job=${job:-$SLURM_JOB_ID}
+logs=slurm/logs/$SLURM_JOB_NAME-$job
+
+say() {
+    echo "$(date +%FT%T) $SLURM_JOB_NAME $job: $1"
+}
+
+# A job that was cancelled, or that Slurm itself requeues, is left alone.
+requeue_if_running() {
+    if scontrol show job "$job" --oneliner | grep -q ' JobState=RUNNING '; then
+        say "$1: requeued"
+        scontrol requeue "$job"
+    fi
+}
+
+# run ARGUMENTS …: `mmdit ARGUMENTS` as one task a GPU, else as many a node as --ntasks-per-node said, else one.
+#
+# Exit code 85 (asked to stop, saved), or any end after this shell was signalled, requeues the job. Exit code 2 is the
+# user's to mend and ends it. Any other failure starts the step again, MAX_RETRIES times.
+run() {
+    local tasks=${SLURM_GPUS_ON_NODE:-${SLURM_NTASKS_PER_NODE:-1}} failures=0 signalled='' step='' code
+    local srun=(srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$((SLURM_JOB_NUM_NODES * tasks))"
+        --ntasks-per-node="$tasks" ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"}
+        --kill-on-bad-exit=1 --open-mode=append --output="$logs-%t.log")
+
+    # The same on each rank and after each restart, or sums are taken in another order.
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
+    # malloc keeps what was freed, as for the ranks that `--ranks` starts (launch/environment.py).
+    export MALLOC_MMAP_THRESHOLD_=33554432 MALLOC_TRIM_THRESHOLD_=8589934592 MALLOC_TOP_PAD_=268435456
+    # srun reports the highest code of all tasks, which is that of the ranks that it ended itself: what the first rank
+    # ended with stands here.
+    export MMDIT_EXIT_CODE="$PWD/$logs.code"
+
+    # To srun, which passes it on to each rank. --signal= and preemption reach this shell alone.
+    trap 'signalled=1; [ -z "$step" ] || kill -USR1 "$step" 2>/dev/null || true' USR1 USR2 TERM
+    while :; do
+        rm -f "$MMDIT_EXIT_CODE"
+        say "mmdit $* on $SLURM_JOB_NODELIST, $tasks a node; ranks' logs: $logs-*.log"
+        "${srun[@]}" python -m launch.cli "$@" &
+        step=$!
+        [ -z "$signalled" ] || kill -USR1 "$step" # it came between two steps
+        while kill -0 "$step" 2>/dev/null; do # a signal ends `wait` before the step has ended
+            wait "$step" || true
+        done
+        code=0
+        wait "$step" || code=$?
+        step=''
+        if [ $code != 0 ] && [ -s "$MMDIT_EXIT_CODE" ]; then
+            code=$(cat "$MMDIT_EXIT_CODE")
+        fi
+        rm -f "$MMDIT_EXIT_CODE"
+        case $code in
+        0) return ;;
+        2)
+            tail -n 3 "$logs-0.log" || true
+            say "exit code 2: stopped"
+            exit 2
+            ;;
+        esac
+        if [ "$code" = 85 ] || [ "$signalled" ]; then
+            requeue_if_running "exit code $code"
+            exit "$code"
+        fi
+        failures=$((failures + 1))
+        if [ $failures -gt "$MAX_RETRIES" ]; then
+            say "exit code $code, failure $failures: given up"
+            exit "$code"
+        fi
+        say "exit code $code: again ($failures of $MAX_RETRIES)"
+    done
+}
