@@ -11,6 +11,8 @@ set -u
 job=${SLURM_ARRAY_TASK_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
 job=${job:-$SLURM_JOB_ID}
 logs=slurm/logs/$SLURM_JOB_NAME-$job
+signalled='' # whether this shell was
+step=''      # srun's process
 
 say() {
     echo "$(date +%FT%T) $SLURM_JOB_NAME $job: $1"
@@ -24,12 +26,19 @@ requeue_if_running() {
     fi
 }
 
+# Through srun, which passes the signal on to each rank.
+ask_to_stop() {
+    signalled=1
+    say "asked to stop"
+    [ -z "$step" ] || kill -USR1 "$step" 2>/dev/null || true
+}
+
 # run ARGUMENTS …: `mmdit ARGUMENTS` as one task a GPU, else as many a node as --ntasks-per-node said, else one.
 #
 # Exit code 85 (asked to stop, saved), or any end after this shell was signalled, requeues the job. Exit code 2 is the
 # user's to mend and ends it. Any other failure starts the step again, MAX_RETRIES times.
 run() {
-    local tasks=${SLURM_GPUS_ON_NODE:-${SLURM_NTASKS_PER_NODE:-1}} failures=0 signalled='' step='' code
+    local tasks=${SLURM_GPUS_ON_NODE:-${SLURM_NTASKS_PER_NODE:-1}} failures=0 code
     local srun=(srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$((SLURM_JOB_NUM_NODES * tasks))"
         --ntasks-per-node="$tasks" ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"}
         --kill-on-bad-exit=1 --open-mode=append --output="$logs-%t.log")
@@ -42,14 +51,13 @@ run() {
     # ended with stands here.
     export MMDIT_EXIT_CODE="$PWD/$logs.code"
 
-    # To srun, which passes it on to each rank. --signal= and preemption reach this shell alone.
-    trap 'signalled=1; [ -z "$step" ] || kill -USR1 "$step" 2>/dev/null || true' USR1 USR2 TERM
+    trap 'ask_to_stop' USR1 USR2 TERM # --signal= and preemption reach this shell alone
     while :; do
         rm -f "$MMDIT_EXIT_CODE"
         say "mmdit $* on $SLURM_JOB_NODELIST, $tasks a node; ranks' logs: $logs-*.log"
         "${srun[@]}" python -m launch.cli "$@" &
         step=$!
-        [ -z "$signalled" ] || kill -USR1 "$step" # it came between two steps
+        [ -z "$signalled" ] || (sleep 1 && kill -USR1 "$step") # it came between two steps; srun is deaf at first
         while kill -0 "$step" 2>/dev/null; do # a signal ends `wait` before the step has ended
             wait "$step" || true
         done

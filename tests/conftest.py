@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -28,10 +29,25 @@ if not torch.cuda.is_available():
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if not torch.cuda.is_available():
+    missing = {"gpu": None if torch.cuda.is_available() else "needs a CUDA device"}
+    if any(item.get_closest_marker("slurm") for item in items):
+        missing["slurm"] = no_local_slurm()
+    for marker, reason in missing.items():
         for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+            if reason and item.get_closest_marker(marker):
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def no_local_slurm() -> str | None:
+    """Why the tests on Slurm do not run. Nobody's real cluster gets jobs from tests."""
+    reason = "needs the local Slurm: slurm/local/up.sh, then source the env.sh that it names"
+    try:
+        shown = subprocess.run(["scontrol", "show", "config"], capture_output=True, text=True, timeout=60)
+        nodes = subprocess.run(["sinfo", "-h", "-N"], capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.SubprocessError):
+        return reason
+    local = re.search(r"^ClusterName\s*= mmdit-local$", shown.stdout, flags=re.MULTILINE)
+    return None if local and nodes.returncode == 0 else reason
 
 
 def run_mmdit(*arguments: object) -> Done:

@@ -1,0 +1,206 @@
+"""The batch scripts on a real Slurm of two nodes (slurm/local/up.sh): whatever ends a job, it goes on exactly."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from stack.dist import VARIABLES
+
+ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.slurm
+
+SECTIONS = {
+    "parallel": {"engine": "zero", "zero_stage": 2},
+    "schedule": {"steps": 120, "warmup": 5},
+    "checkpoint": {"every": 30},
+    "snapshot": {"every": 120},
+}
+ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY"}
+
+
+def slurm(*command: object) -> str:
+    kept = {key: value for key, value in os.environ.items() if key not in VARIABLES}
+    return subprocess.run(
+        [str(word) for word in command], cwd=ROOT, env=kept, check=True, capture_output=True, text=True
+    ).stdout
+
+
+class Job:
+    def __init__(self, folder: Path, script: str, *arguments: object, options: tuple[str, ...] = ("--nodes=2",)):
+        self.log = folder / f"{script}-{time.time_ns()}.out"
+        submit = ["sbatch", "--parsable", f"--output={self.log}", *options, f"slurm/{script}.sh", *arguments]
+        self.id = slurm(*submit).strip()
+        self.ranks = f"slurm/logs/{script}-{self.id}"
+
+    def shown(self) -> dict[str, str]:
+        return dict(re.findall(r"(\w+)=(\S*)", slurm("scontrol", "show", "job", self.id, "--oneliner")))
+
+    def logs(self) -> str:
+        files = [self.log, *sorted(ROOT.glob(f"{self.ranks}-*.log"))]
+        return "\n".join(f"--- {file.name}\n{file.read_text()}" for file in files if file.exists())
+
+    def until(self, what: str, done: Callable[[], object], seconds: float = 240) -> None:
+        deadline = time.monotonic() + seconds
+        while not done():
+            assert time.monotonic() < deadline, f"{what} was not reached: {self.shown()['JobState']}\n{self.logs()}"
+            time.sleep(0.05)
+
+    def ended(self) -> dict[str, str]:
+        self.until("its end", lambda: self.shown()["JobState"] in ENDED, 400)
+        return self.shown()
+
+    def completed(self) -> dict[str, str]:
+        shown = self.ended()
+        assert shown["JobState"] == "COMPLETED", self.logs()
+        return shown
+
+    def at_step(self, run: Path, step: int) -> None:
+        metrics = run / "metrics.jsonl"
+        self.until(f"step {step}", lambda: metrics.exists() and f'"step": {step},' in metrics.read_text())
+
+    def rank(self, number: int) -> psutil.Process:
+        for process in psutil.process_iter():
+            try:
+                words, environment = process.cmdline(), process.environ()
+            except psutil.Error:
+                continue
+            mine = environment.get("SLURM_JOB_ID") == self.id and environment.get("SLURM_PROCID") == str(number)
+            if mine and "SLURM_STEP_NUM_TASKS" in environment and words[1:3] == ["-m", "launch.cli"]:
+                return process
+        raise AssertionError(f"rank {number} does not run\n{self.logs()}")
+
+
+@pytest.fixture
+def submit(tmp_path: Path) -> Iterator[Callable[..., Job]]:
+    """`Job`, which leaves neither jobs nor logs of ranks behind."""
+    jobs: list[Job] = []
+
+    def start(*arguments: object, **keywords: tuple[str, ...]) -> Job:
+        jobs.append(Job(tmp_path, *map(str, arguments), **keywords))
+        return jobs[-1]
+
+    yield start
+    for job in jobs:
+        slurm("scancel", job.id)
+        for log in ROOT.glob(f"{job.ranks}*.log"):
+            log.unlink()
+
+
+def history(run: Path) -> list[tuple]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [tuple(line.get(key) for key in ("step", "loss", "grad_norm", "lr", "val_loss")) for line in lines]
+
+
+def num_ranks(run: Path, step: int) -> int:
+    return len(json.loads((run / "checkpoints" / f"{step:08d}" / "COMPLETE").read_text())["files"])
+
+
+@pytest.fixture(scope="module")
+def undisturbed(stage, tmp_path_factory) -> list[tuple]:
+    config = stage.train_config("slurm-undisturbed", **SECTIONS)
+    job = Job(tmp_path_factory.mktemp("undisturbed"), "train_mmdit", config)
+    shown = job.completed()
+    assert shown["Restarts"] == "0"
+    assert shown["NodeList"] == "n[1-2]"
+    run = stage.folder / "slurm-undisturbed"
+    assert num_ranks(run, 120) == 2
+    found = history(run)
+    assert [line[0] for line in found if line[-1] is None] == list(range(1, 121))
+    return found
+
+
+def signalled(job: Job) -> None:
+    """On the ranks, with no word to the batch shell."""
+    slurm("scancel", "--signal=USR1", job.id)
+
+
+def requeued(job: Job) -> None:
+    slurm("scontrol", "requeue", job.id)
+
+
+def preempted(job: Job) -> None:
+    slurm("sbatch", "--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
+
+
+def killed(job: Job) -> None:
+    job.rank(1).kill()
+
+
+@pytest.mark.parametrize(("disturb", "restarts"), [(signalled, 1), (requeued, 1), (preempted, 1), (killed, 0)])
+def test_a_disturbed_job_ends_with_the_same_losses(stage, submit, undisturbed, disturb, restarts):
+    name = f"slurm-{disturb.__name__}"
+    job = submit("train_mmdit", stage.train_config(name, **SECTIONS))
+    job.at_step(stage.folder / name, 45)
+    disturb(job)
+    assert int(job.completed()["Restarts"]) == restarts
+    assert "going on after step" in job.logs()
+    if disturb is killed:
+        assert "again (1 of 3)" in job.logs()
+    assert history(stage.folder / name) == undisturbed
+
+
+def test_a_job_goes_on_over_time_limits(stage, submit, undisturbed):
+    """Rank 1 stands still from step 45 on until the limit of one minute is near, so that it comes in mid-run."""
+    run = stage.folder / "slurm-limit"
+    config = stage.train_config("slurm-limit", **SECTIONS)
+    job = submit("train_mmdit", config, options=("--nodes=2", "--time=1", "--signal=B:USR1@5"))
+    job.at_step(run, 45)
+    asked = job.log.read_text().count("asked to stop")
+    rank = job.rank(1)
+    rank.suspend()
+    job.until("the time limit", lambda: job.log.read_text().count("asked to stop") > asked)
+    rank.send_signal(signal.SIGCONT)
+    assert int(job.completed()["Restarts"]) >= 1
+    assert "asked to stop, saved after step" in job.logs()
+    assert history(run) == undisturbed
+
+
+def test_a_cancelled_job_stays_cancelled(stage, submit):
+    run = stage.folder / "slurm-cancelled"
+    job = submit("train_mmdit", stage.train_config("slurm-cancelled", **SECTIONS))
+    job.at_step(run, 5)
+    slurm("scancel", job.id)
+    job.until("the end of its script", lambda: "asked to stop" in job.log.read_text())
+    job.until("the end of its processes", lambda: job.shown()["JobState"] == "CANCELLED")
+    time.sleep(2)
+    shown = job.shown()
+    assert (shown["JobState"], shown["Restarts"]) == ("CANCELLED", "0")
+
+
+def test_a_configuration_that_is_wrong_stops_at_once(stage, submit):
+    job = submit("train_mmdit", stage.train_config("slurm-wrong", optim={"learning_rate": 1e-3}))
+    shown = job.ended()
+    assert (shown["JobState"], shown["ExitCode"], shown["Restarts"]) == ("FAILED", "2:0", "0")
+    assert job.log.read_text().count("mmdit train") == 1
+    assert "learning_rate" in job.log.read_text()
+
+
+def test_a_bare_srun_is_a_group(stage):
+    config = stage.train_config("slurm-bare", parallel={"engine": "zero"}, schedule={"steps": 2})
+    slurm("srun", "--nodes=2", "--ntasks=2", sys.executable, "-m", "launch.cli", "train", config)
+    assert num_ranks(stage.folder / "slurm-bare", 2) == 2
+
+
+def test_an_array_pre_encodes_the_same_bytes(stage, submit, tmp_path):
+    job = submit("preencode", stage.folder / "preencode.yaml", f"out={tmp_path / 'out'}", options=("--array=0-1",))
+    states: list[str] = []
+
+    def all_ended() -> bool:
+        states[:] = re.findall(r"JobState=(\w+)", slurm("scontrol", "show", "job", job.id, "--oneliner"))
+        return len(states) == 2 and set(states) <= ENDED
+
+    job.until("its end", all_ended)
+    assert states == ["COMPLETED", "COMPLETED"], job.logs()
+    expected = {path.name: path.read_bytes() for path in stage.encoded.iterdir() if path.is_file()}
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir() if path.is_file()} == expected
