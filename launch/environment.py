@@ -46,9 +46,9 @@ def set_defaults() -> None:
 def record_exit(code: int) -> None:
     """Tell slurm/job.sh what this rank ends with, unless another one has: srun reports the highest code of all ranks,
     which is that of the ones it ended itself because the first had failed."""
-    if code and "MMDIT_EXIT_CODE" in os.environ:
-        with suppress(OSError), open(os.environ["MMDIT_EXIT_CODE"], "x") as file:
-            file.write(str(code))
+    if code and "MMDIT_FIRST_EXIT" in os.environ:
+        with suppress(OSError), open(os.environ["MMDIT_FIRST_EXIT"], "x") as file:
+            file.write(f"{code} {os.environ.get('SLURM_PROCID', 0)}\n")
 
 
 def is_rank() -> bool:

@@ -38,7 +38,7 @@ ask_to_stop() {
 # Exit code 85 (asked to stop, saved), or any end after this shell was signalled, requeues the job. Exit code 2 is the
 # user's to mend and ends it. Any other failure starts the step again, MAX_RETRIES times.
 run() {
-    local tasks=${SLURM_GPUS_ON_NODE:-${SLURM_NTASKS_PER_NODE:-1}} failures=0 code
+    local tasks=${SLURM_GPUS_ON_NODE:-${SLURM_NTASKS_PER_NODE:-1}} failures=0 code rank=0
     local srun=(srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$((SLURM_JOB_NUM_NODES * tasks))"
         --ntasks-per-node="$tasks" ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"}
         --kill-on-bad-exit=1 --open-mode=append --output="$logs-%t.log")
@@ -47,13 +47,13 @@ run() {
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
     # malloc keeps what was freed, as for the ranks that `--ranks` starts (launch/environment.py).
     export MALLOC_MMAP_THRESHOLD_=33554432 MALLOC_TRIM_THRESHOLD_=8589934592 MALLOC_TOP_PAD_=268435456
-    # srun reports the highest code of all tasks, which is that of the ranks that it ended itself: what the first rank
-    # ended with stands here.
-    export MMDIT_EXIT_CODE="$PWD/$logs.code"
+    # srun reports the highest code of all tasks, which is that of the ranks that it ended itself: the code and number of
+    # the first one to end stand here.
+    export MMDIT_FIRST_EXIT="$PWD/$logs.exit"
 
     trap 'ask_to_stop' USR1 USR2 TERM # --signal= and preemption reach this shell alone
     while :; do
-        rm -f "$MMDIT_EXIT_CODE"
+        rm -f "$MMDIT_FIRST_EXIT"
         say "mmdit $* on $SLURM_JOB_NODELIST, $tasks a node; ranks' logs: $logs-*.log"
         "${srun[@]}" python -m launch.cli "$@" &
         step=$!
@@ -64,14 +64,14 @@ run() {
         code=0
         wait "$step" || code=$?
         step=''
-        if [ $code != 0 ] && [ -s "$MMDIT_EXIT_CODE" ]; then
-            code=$(cat "$MMDIT_EXIT_CODE")
+        if [ $code != 0 ] && [ -s "$MMDIT_FIRST_EXIT" ]; then
+            read -r code rank <"$MMDIT_FIRST_EXIT"
         fi
-        rm -f "$MMDIT_EXIT_CODE"
+        rm -f "$MMDIT_FIRST_EXIT"
         case $code in
         0) return ;;
         2)
-            tail -n 3 "$logs-0.log" || true
+            tail -n 3 "$logs-$rank.log" || true
             say "exit code 2: stopped"
             exit 2
             ;;

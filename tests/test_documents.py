@@ -42,7 +42,7 @@ def test_a_command_of_the_readme_exists_and_takes_its_options(words):
 
 
 def test_paths_of_the_readme_exist():
-    named = set(re.findall(r"(?:configs|stack|docs|launch)/[\w/.]+\.\w+", README))
+    named = set(re.findall(r"(?<![-\w])(?:configs|stack|docs|launch|slurm)/[\w/.]+\.\w+", README))
     assert len(named) > 10
     assert [name for name in named if not (ROOT / name).exists()] == []
     tree = README[README.index("## The tree") : README.index("## A guided tour")]

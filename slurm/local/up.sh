@@ -18,6 +18,16 @@ for argument in "$@"; do
     esac
 done
 
+# Nothing is written over what another cluster, or somebody else, put there.
+refuse_foreign_folder() {
+    if [ -e "$folder/slurm.conf" ]; then
+        grep -q '^ClusterName=mmdit-local$' "$folder/slurm.conf" ||
+            die "$folder holds the slurm.conf of another cluster: give MMDIT_SLURM another folder"
+    elif [ -d "$folder" ] && [ -n "$(ls -A "$folder")" ]; then
+        die "$folder is not empty and not of this script: give MMDIT_SLURM another folder"
+    fi
+}
+
 install_missing() {
     local packages=()
     command -v munged >/dev/null || packages+=(munge)
@@ -36,18 +46,6 @@ install_missing() {
     }
 }
 
-# Nothing is written over what another cluster, or somebody else, put there.
-claim_folder() {
-    if [ -e "$folder/slurm.conf" ]; then
-        grep -q '^ClusterName=mmdit-local$' "$folder/slurm.conf" ||
-            die "$folder holds the slurm.conf of another cluster: give MMDIT_SLURM another folder"
-    elif [ -d "$folder" ] && [ -n "$(ls -A "$folder")" ]; then
-        die "$folder is not empty and not of this script: give MMDIT_SLURM another folder"
-    fi
-    mkdir -p "$folder"/{ctld,n1,n2}
-    chmod 700 "$folder"
-}
-
 # Ports of our own that another daemon listens on belong to another cluster on this machine.
 refuse_taken_ports() {
     local port
@@ -60,6 +58,8 @@ refuse_taken_ports() {
 
 write_configuration() {
     local host user
+    mkdir -p "$folder"/{ctld,n1,n2}
+    chmod 700 "$folder"
     host=$(hostname -s) user=$(id -un)
     # More CPUs than there are (config_overrides), so that two-node jobs stand beside each other on two cores; intervals
     # short enough to wait for. KillWait is 30 s on most clusters.
@@ -170,8 +170,8 @@ both_idle() {
     [ "$(sinfo -h -N -p main -o '%T' | grep -cE '^(idle|mixed|allocated)$')" = 2 ]
 }
 
+refuse_foreign_folder
 install_missing
-claim_folder
 if pid_of slurmctld >/dev/null; then
     [ -z "$accounting" ] || grep -q '^AccountingStorageType' "$folder/slurm.conf" ||
         die "it runs without accounting: down.sh first"
