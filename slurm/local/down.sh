@@ -13,7 +13,7 @@ if pid_of slurmctld >/dev/null; then
         sleep 0.5
     done
 fi
-for daemon in slurmd.n2 slurmd.n1 slurmctld slurmdbd mariadbd munged; do
+for daemon in slurmd.n{4,3,2,1} slurmctld slurmdbd mariadbd munged; do
     pid=$(pid_of "$daemon") || continue
     kill "$pid"
     for _ in {1..100}; do

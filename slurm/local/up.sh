@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# A real Slurm with two nodes, n1 and n2, on this one machine: to try the scripts with, and for the tests.
+# A real Slurm with four nodes on this one machine: to try the scripts with, and for the tests. Jobs go to n1 and n2, the
+# partition main; in the partition low, n3 and n4, they make room for those of the partition urgent.
 #   slurm/local/up.sh [--accounting]     --accounting: with slurmdbd and MariaDB, for sacct and sreport
 # Everything lies in one folder, MMDIT_SLURM or ~/.local/state/mmdit-slurm; ports are of its own. /etc/slurm, /etc/munge
 # and /run/munge are neither read nor written. Jobs are those of the user who starts it, and there is no authentication
@@ -46,10 +47,15 @@ install_missing() {
     }
 }
 
+# What is left of a cluster whose controller was killed goes on beside a new one.
+any_of_ours() {
+    pid_of slurmd.n1 || pid_of slurmd.n2 || pid_of slurmd.n3 || pid_of slurmd.n4
+} >/dev/null
+
 # Ports of our own that another daemon listens on belong to another cluster on this machine.
 refuse_taken_ports() {
     local port
-    for port in 16817 16818 16819 17001 17002; do
+    for port in 16817 16818 16819 17001 17002 17003 17004; do
         if (exec 3<>"/dev/tcp/127.0.0.1/$port") 2>/dev/null; then
             die "port $port is taken: another local cluster runs on this machine (MMDIT_SLURM names its folder)"
         fi
@@ -58,7 +64,7 @@ refuse_taken_ports() {
 
 write_configuration() {
     local host user
-    mkdir -p "$folder"/{ctld,n1,n2}
+    mkdir -p "$folder"/{ctld,n1,n2,n3,n4}
     chmod 700 "$folder"
     host=$(hostname -s) user=$(id -un)
     # More CPUs than there are (config_overrides), so that two-node jobs stand beside each other on two cores; intervals
@@ -95,9 +101,10 @@ KillWait=10
 SlurmdTimeout=20
 MessageTimeout=20
 JobAcctGatherType=jobacct_gather/linux
-NodeName=n[1-2] NodeHostname=$host NodeAddr=127.0.0.1 Port=[17001-17002] CPUs=8 RealMemory=$(free -m | awk '/^Mem/ {print $2}')
-PartitionName=main Nodes=n[1-2] Default=YES PriorityTier=1 GraceTime=60
-PartitionName=urgent Nodes=n[1-2] PriorityTier=2 PreemptMode=OFF
+NodeName=n[1-4] NodeHostname=$host NodeAddr=127.0.0.1 Port=[17001-17004] CPUs=8 RealMemory=$(free -m | awk '/^Mem/ {print $2}')
+PartitionName=main Nodes=n[1-2] Default=YES
+PartitionName=low Nodes=n[3-4] PriorityTier=1 GraceTime=60
+PartitionName=urgent Nodes=n[3-4] PriorityTier=2 PreemptMode=OFF
 END
     : >"$folder/plugstack.conf"
     if [ "$accounting" ]; then
@@ -166,8 +173,8 @@ start_accounting() {
     sacctmgr -n show cluster | grep -q mmdit-local || sacctmgr -i add cluster mmdit-local >/dev/null
 }
 
-both_idle() {
-    [ "$(sinfo -h -N -p main -o '%T' | grep -cE '^(idle|mixed|allocated)$')" = 2 ]
+all_up() {
+    [ "$(sinfo -h -N -p main,low -o '%T' | grep -cE '^(idle|mixed|allocated)$')" = 4 ]
 }
 
 refuse_foreign_folder
@@ -176,7 +183,7 @@ if pid_of slurmctld >/dev/null; then
     [ -z "$accounting" ] || grep -q '^AccountingStorageType' "$folder/slurm.conf" ||
         die "it runs without accounting: down.sh first"
 else
-    refuse_taken_ports
+    any_of_ours || refuse_taken_ports
     write_configuration
 fi
 # shellcheck source=/dev/null
@@ -184,8 +191,8 @@ fi
 start_munge
 [ -z "$accounting" ] || start_accounting
 start slurmctld slurmctld -f "$SLURM_CONF"
-for node in n1 n2; do
+for node in n1 n2 n3 n4; do
     start "slurmd.$node" slurmd -f "$SLURM_CONF" -N "$node"
 done
-until_ready 60 "the cluster" both_idle
-echo "nodes n1 and n2 are up; in each shell that is to use them:  source $folder/env.sh"
+until_ready 60 "the cluster" all_up
+echo "nodes n1 to n4 are up; in each shell that is to use them:  source $folder/env.sh"
