@@ -49,7 +49,7 @@ install_missing() {
 
 # What is left of a cluster whose controller was killed goes on beside a new one.
 any_of_ours() {
-    pid_of slurmd.n1 || pid_of slurmd.n2 || pid_of slurmd.n3 || pid_of slurmd.n4
+    pid_of slurmd.n1 || pid_of slurmd.n2 || pid_of slurmd.n3 || pid_of slurmd.n4 || pid_of slurmdbd
 } >/dev/null
 
 # Ports of our own that another daemon listens on belong to another cluster on this machine.
@@ -112,6 +112,7 @@ END
 AccountingStorageType=accounting_storage/slurmdbd
 AccountingStorageHost=127.0.0.1
 AccountingStoragePort=16819
+AccountingStoragePass=$folder/munge.socket
 END
         cat >"$folder/slurmdbd.conf" <<END
 AuthType=auth/munge
