@@ -171,7 +171,8 @@ start_accounting() {
     export MYSQL_UNIX_PORT=$folder/mariadb.socket # where slurmdbd's client library looks for the server
     start slurmdbd env SLURM_CONF="$folder/slurm.conf" slurmdbd
     until_ready 60 slurmdbd sacctmgr -n show cluster
-    sacctmgr -n show cluster | grep -q mmdit-local || sacctmgr -i add cluster mmdit-local >/dev/null
+    sacctmgr -n -P show cluster format=cluster | grep -x mmdit-local >/dev/null ||
+        sacctmgr -i add cluster mmdit-local >/dev/null
 }
 
 all_up() {

@@ -103,17 +103,12 @@ def submit(tmp_path: Path) -> Iterator[Callable[..., Job]]:
             log.unlink()
 
 
-def history(run: Path) -> list[tuple]:
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [tuple(line.get(key) for key in ("step", "loss", "grad_norm", "lr", "val_loss")) for line in lines]
-
-
 def num_ranks(run: Path, step: int) -> int:
     return len(json.loads((run / "checkpoints" / f"{step:08d}" / "COMPLETE").read_text())["files"])
 
 
 @pytest.fixture(scope="module")
-def undisturbed(stage, tmp_path_factory) -> list[tuple]:
+def undisturbed(stage, history, tmp_path_factory) -> list[tuple]:
     config = stage.train_config("slurm-undisturbed", **SECTIONS)
     job = Job(tmp_path_factory.mktemp("undisturbed"), "train_mmdit", config)
     shown = job.completed()
@@ -155,7 +150,7 @@ def lost(job: Job) -> None:
     subprocess.run(["slurm/local/up.sh"], cwd=ROOT, env={**os.environ, "MMDIT_SLURM": str(folder)}, check=True)
 
 
-def test_a_disturbed_job_ends_with_the_same_losses(stage, submit, undisturbed):
+def test_a_disturbed_job_ends_with_the_same_losses(stage, submit, history, undisturbed):
     """Whatever comes, one after the other; between two disturbances stands a checkpoint. In the partition whose nodes
     and jobs can go without disturbing other tests."""
     run = stage.folder / "slurm-disturbed"
@@ -176,7 +171,7 @@ def test_a_disturbed_job_ends_with_the_same_losses(stage, submit, undisturbed):
     assert history(run) == undisturbed
 
 
-def test_a_job_goes_on_over_time_limits(stage, submit, undisturbed):
+def test_a_job_goes_on_over_time_limits(stage, submit, history, undisturbed):
     """Rank 1 stands still from step 45 on until the limit of one minute is near, so that it comes in mid-run."""
     run = stage.folder / "slurm-limit"
     config = stage.train_config("slurm-limit", **SECTIONS)
