@@ -57,7 +57,10 @@ run() {
         say "mmdit $* on $SLURM_JOB_NODELIST, $tasks a node; ranks' logs: $logs-*.log"
         "${srun[@]}" python -m launch.cli "$@" &
         step=$!
-        [ -z "$signalled" ] || (sleep 1 && kill -USR1 "$step") # it came between two steps; srun is deaf at first
+        if [ "$signalled" ]; then # it came between two steps; srun is deaf at first
+            sleep 1
+            kill -USR1 "$step" 2>/dev/null || true
+        fi
         while kill -0 "$step" 2>/dev/null; do # a signal ends `wait` before the step has ended
             wait "$step" || true
         done

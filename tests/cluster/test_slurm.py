@@ -53,6 +53,12 @@ class Job:
         files = [self.log, *sorted(ROOT.glob(f"{self.ranks}-*.log"))]
         return "\n".join(f"--- {file.name}\n{file.read_text()}" for file in files if file.exists())
 
+    def clear(self) -> None:
+        """Leaves neither the job nor its ranks' logs behind."""
+        slurm("scancel", self.id)
+        for log in ROOT.glob(f"{self.ranks}*"):
+            log.unlink()
+
     def starts(self) -> int:
         return self.log.read_text().count("mmdit train") if self.log.exists() else 0
 
@@ -89,7 +95,7 @@ class Job:
 
 @pytest.fixture
 def submit(tmp_path: Path) -> Iterator[Callable[..., Job]]:
-    """`Job`, which leaves neither jobs nor logs of ranks behind."""
+    """`Job`, cleared after the test."""
     jobs: list[Job] = []
 
     def start(*arguments: object, **keywords: tuple[str, ...]) -> Job:
@@ -98,9 +104,7 @@ def submit(tmp_path: Path) -> Iterator[Callable[..., Job]]:
 
     yield start
     for job in jobs:
-        slurm("scancel", job.id)
-        for log in ROOT.glob(f"{job.ranks}*.log"):
-            log.unlink()
+        job.clear()
 
 
 def num_ranks(run: Path, step: int) -> int:
@@ -112,6 +116,7 @@ def undisturbed(stage, history, tmp_path_factory) -> list[tuple]:
     config = stage.train_config("slurm-undisturbed", **SECTIONS)
     job = Job(tmp_path_factory.mktemp("undisturbed"), "train_mmdit", config)
     shown = job.completed()
+    job.clear()
     assert shown["Restarts"] == "0"
     assert shown["NodeList"] == "n[1-2]"
     run = stage.folder / "slurm-undisturbed"
