@@ -212,6 +212,17 @@ def test_a_configuration_that_is_wrong_stops_at_once(stage, submit):
     assert "learning_rate" in job.log.read_text()
 
 
+def test_an_evaluator_runs_beside_the_trainer(stage, submit):
+    run = stage.folder / "slurm-evaluated"
+    sections = {"schedule": {"steps": 60}, "snapshot": {"every": 30}}
+    evaluator = submit("evaluate", run, "--batch-size", 8, options=("--nodes=1",))
+    trainer = submit("train_mmdit", stage.train_config("slurm-evaluated", **{**SECTIONS, **sections}))
+    trainer.completed()
+    evaluator.completed()
+    lines = [json.loads(line) for line in (run / "eval.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [30, 60]
+
+
 def test_a_task_of_a_bare_srun_knows_its_rank():
     code = "import os; from launch import environment; from stack.dist import VARIABLES; assert environment.is_rank()"
     code += "; print(*(os.environ[name] for name in VARIABLES))"
