@@ -19,6 +19,8 @@ COMMANDS = {
     "sample": "Draw images for prompts from a run.",
     "evaluate": "Validation loss and accuracy of a run.",
     "export": "Write a run's averaged weights for others to read.",
+    "submit": "Run a command as a job, on Slurm or on this machine.",
+    "sweep": "Train once for each combination of values.",
     "model": "List the model presets with parameters and FLOPs.",
 }
 

@@ -57,6 +57,7 @@ def test_imports_point_one_way(path):
         ("open_clip", "stack/text/encoders.py"),
         ("diffusers", "autoencoders/codec.py"),
         ("wandb", "stack/log.py"),
+        ("submitit", "launch/submit.py"),
         ("triton", "stack/nn/kernels/fused.py"),
         ("torch_fidelity", "stack/evaluate/metrics.py"),
     ],
