@@ -125,7 +125,7 @@ class Command:
         if code == 0:
             return
         if code == 2 or not (code == STOPPED or signals):
-            if job.cluster == "local":
+            if job.cluster == "local" and job.num_tasks > 1:
                 os.kill(os.getppid(), signal.SIGTERM)  # submitit would leave the other tasks in their collective
             raise CommandError(_failure(code, log, start))
         if main and (not signals or signals & ASKED):

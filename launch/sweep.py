@@ -48,35 +48,40 @@ CANCELLED = "cancelled"  # the file that tells whoever runs the trials here
 Value = bool | int | float | str | list[Any] | None
 
 
-class Draw(Config):
-    """A random value: one of the three."""
+class Parameter(Config):
+    """What a parameter can be: one of the four. A list in the YAML file is `choice`."""
 
+    choice: list[Value] | None = Field(default=None, min_length=1)
     uniform: tuple[float, float] | None = None
     log_uniform: tuple[float, float] | None = None
     integer: tuple[int, int] | None = None
     """Both ends included."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _list(cls, given: Any) -> Any:
+        if not isinstance(given, list | dict | Parameter):
+            raise ValueError("give a list of values, or {uniform: [low, high]}, or log_uniform or integer")
+        return {"choice": given} if isinstance(given, list) else given
+
     @model_validator(mode="after")
-    def _check(self) -> Draw:
-        if [self.uniform, self.log_uniform, self.integer].count(None) != 2:
-            raise ValueError("give one of uniform, log_uniform, integer")
-        low, high = self.bounds
-        if low >= high or (self.log_uniform and low <= 0):
-            raise ValueError(f"[{low}, {high}]: expected low < high{', both positive' if self.log_uniform else ''}")
+    def _check(self) -> Parameter:
+        if [self.choice, self.uniform, self.log_uniform, self.integer].count(None) != 3:
+            raise ValueError("give one of choice, uniform, log_uniform, integer")
+        for low, high in filter(None, (self.uniform, self.log_uniform, self.integer)):
+            if low >= high or (self.log_uniform and low <= 0):
+                raise ValueError(f"[{low}, {high}]: expected low < high{' and both positive' * bool(self.log_uniform)}")
         return self
 
-    @property
-    def bounds(self) -> tuple[float, float]:
-        return self.uniform or self.log_uniform or self.integer or (0, 0)
-
-    def value(self, draw: random.Random) -> float:
-        """Four digits of it: what the table shows is what is used."""
+    def value(self, draw: random.Random) -> Value:
+        """A random one. Four digits of a number: what the table shows is what is used."""
+        if self.choice is not None:
+            return draw.choice(self.choice)
         if self.integer:
             return draw.randint(*self.integer)
-        low, high = self.bounds
         if self.log_uniform:
-            return float(f"{math.exp(draw.uniform(math.log(low), math.log(high))):.4g}")
-        return float(f"{draw.uniform(low, high):.4g}")
+            return float(f"{math.exp(draw.uniform(*map(math.log, self.log_uniform))):.4g}")
+        return float(f"{draw.uniform(*self.uniform or (0, 1)):.4g}")
 
 
 class MetricConfig(Config):
@@ -94,10 +99,10 @@ class SweepConfig(Config):
     """The training configuration that all trials begin with; beside the sweep's own file, if relative."""
     overrides: tuple[str, ...] = ()
     """Of all trials: optim.betas=[0.9,0.95]."""
-    parameters: dict[str, list[Value] | Draw] = Field(min_length=1)
+    parameters: dict[str, Parameter]
     """Dotted key → values to try, or how one is drawn."""
     trials: PositiveInt | None = None
-    """So many random draws, a list being one of its values; every combination of the lists if not given."""
+    """So many random draws; every combination of the lists if not given."""
     seed: NonNegativeInt = 0
     metric: MetricConfig = MetricConfig()
     resources: Resources = Resources()
@@ -105,25 +110,22 @@ class SweepConfig(Config):
 
     @model_validator(mode="after")
     def _check(self) -> SweepConfig:
-        for key, values in self.parameters.items():
+        if not self.parameters:
+            raise ValueError("parameters: name one at least")
+        for key, parameter in self.parameters.items():
             if key == "run.dir":
-                raise ValueError("run.dir is each trial's own folder")
-            if values == []:
-                raise ValueError(f"{key} has no values")
-            if isinstance(values, Draw) and self.trials is None:
-                raise ValueError(f"{key} is drawn at random: give trials, the number of draws")
+                raise ValueError("parameters: run.dir is each trial's own folder")
+            if parameter.choice is None and self.trials is None:
+                raise ValueError(f"parameters: {key} is drawn at random, so give trials, the number of draws")
         return self
 
     def draws(self) -> list[dict[str, Value]]:
         """The values of each trial."""
         if self.trials is None:
-            lists = [values for values in self.parameters.values() if isinstance(values, list)]
+            lists = [parameter.choice or [] for parameter in self.parameters.values()]
             return [dict(zip(self.parameters, values, strict=True)) for values in itertools.product(*lists)]
         draw = random.Random(self.seed)
-        return [
-            {key: v.value(draw) if isinstance(v, Draw) else draw.choice(v) for key, v in self.parameters.items()}
-            for _ in range(self.trials)
-        ]
+        return [{key: p.value(draw) for key, p in self.parameters.items()} for _ in range(self.trials)]
 
 
 class Trial(Config):
@@ -375,9 +377,10 @@ def _points(axes: Axes, told: Sequence[Row], key: str) -> None:
         axes.set_xscale("log")
     best: list[Any] = [row.best for row in told]
     axes.plot(values, best, "o")
-    for row, *point in zip(told, values, best, strict=True):
-        axes.annotate(row.name, point, textcoords="offset points", xytext=(5, 4), fontsize="x-small")
+    for row, x, y in zip(told, values, best, strict=True):
+        axes.annotate(row.name, (x, y), textcoords="offset points", xytext=(5, 4), fontsize="x-small")
     axes.set_xlabel(key)
+    axes.margins(0.12)
 
 
 def _shown(value: Value) -> str:

@@ -9,6 +9,7 @@ import click
 import pytest
 
 from launch.cli import group
+from launch.sweep import SweepConfig
 from stack import config
 from stack.preencode.job import PreencodeConfig
 from stack.train.recipe import TrainConfig
@@ -16,7 +17,7 @@ from stack.train.recipe import TrainConfig
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
-SCHEMAS = {"train": TrainConfig, "autoencoder": TrainConfig, "preencode": PreencodeConfig}
+SCHEMAS = {"train": TrainConfig, "autoencoder": TrainConfig, "preencode": PreencodeConfig, "sweep": SweepConfig}
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(ROOT)))
