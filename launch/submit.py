@@ -5,9 +5,9 @@ not in submitit's own: that one stays free of threads, CUDA and collectives, so 
 child starts with the system's handlers, which its workers then inherit instead of submitit's; and the command ends as
 it does by hand, with an exit code and its last lines.
 
-Asked to stop (SIGUSR1 or SIGUSR2: a time limit is near, or somebody wants the nodes), each task passes the signal on.
-A training saves and ends with exit code 85. Task 0 then goes through submitit's requeue, the others end. SIGTERM is
-passed on as well, but leads to no requeue: it means a cancelled job, or a preempted one which Slurm itself requeues.
+Asked to stop (SIGUSR1, SIGUSR2 or SIGTERM: a time limit is near, or somebody wants the nodes), each task passes the
+signal on. A training saves and ends with exit code 85. Task 0 then goes through submitit's requeue and the others end,
+unless the job was cancelled.
 
     from launch.submit import Resources, prepare, submit
 
@@ -40,7 +40,7 @@ from stack.shown import redact
 # What shows that a command gets on: files in its folder that appear or change only when work is done.
 PROGRESS = {"train": "checkpoints/*/COMPLETE", "preencode": "*.tar", "evaluate": "eval.jsonl"}
 MAX_STALLS = 3  # requeues in a row without progress after which a job fails
-ASKED = {signal.SIGUSR1, signal.SIGUSR2}  # stop, and go on in another job; SIGTERM is stop alone
+SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)
 LIVES = 1_000_000  # submitit counts every signal of a short job as a time-out; what ends a job is MAX_STALLS
 LOCAL_MINUTES = 7 * 24 * 60  # submitit wants a time limit on this machine, too
 LAST_LINES = 20  # of the command's log, in the exception of a failed job
@@ -128,7 +128,7 @@ class Command:
             if job.cluster == "local" and job.num_tasks > 1:
                 os.kill(os.getppid(), signal.SIGTERM)  # submitit would leave the other tasks in their collective
             raise CommandError(_failure(code, log, start))
-        if main and (not signals or signals & ASKED):
+        if main and not _cancelled(job, signals):
             signal.raise_signal(job._usr_sig())  # submitit's handler, back in its place: checkpoint() and requeue
         sys.exit(0)  # without a result: this life of the job is over, the job is not
 
@@ -162,7 +162,7 @@ def _run(arguments: Sequence[str], variables: dict[str, str], grace_s: float) ->
     def note(number: int, frame: object) -> None:
         came.setdefault(number, time.monotonic())
 
-    before = {s: signal.signal(s, note) for s in (*ASKED, signal.SIGTERM)}
+    before = {s: signal.signal(s, note) for s in SIGNALS}
     environment = {**MALLOC, **os.environ, **variables}
     command = [sys.executable, "-m", "launch.cli", *arguments]
     process = subprocess.Popen(command, env=environment, preexec_fn=die_with_parent)
@@ -181,6 +181,14 @@ def _run(arguments: Sequence[str], variables: dict[str, str], grace_s: float) ->
         for s, handler in before.items():
             signal.signal(s, handler)
     return process.returncode, set(came)
+
+
+def _cancelled(job: Any, signals: set[int]) -> bool:
+    """Whether a job that was signalled is not to come back; else it is preempted or near its time limit."""
+    if job.cluster == "local":
+        return signals == {signal.SIGTERM}
+    command = ["scontrol", "show", "job", job.job_id, "--oneliner"]
+    return " JobState=RUNNING " not in subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def _variables(job: Any) -> dict[str, str]:
