@@ -19,6 +19,7 @@ unless the job was cancelled.
 from __future__ import annotations
 
 import importlib
+import io
 import os
 import shutil
 import signal
@@ -26,6 +27,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import redirect_stderr
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -125,7 +127,7 @@ class Command:
         if code == 0:
             return
         if code == 2 or not (code == STOPPED or signals):
-            if job.cluster == "local" and job.num_tasks > 1:
+            if job.cluster == "local" and job.num_tasks > 1 and os.getppid() == int(job.job_id):
                 os.kill(os.getppid(), signal.SIGTERM)  # submitit would leave the other tasks in their collective
             raise CommandError(_failure(code, log, start))
         if main and not _cancelled(job, signals):
@@ -250,15 +252,17 @@ def submit(commands: Sequence[Command], resources: Resources, folder: Path, slot
     folder: of the jobs' files.  slot: on this machine, which of its GPUs.
     Raises UserError where the cluster does not take them.
     """
-    from submitit.core.utils import FailedSubmissionError
+    from submitit.core.utils import FailedJobError, FailedSubmissionError
 
     resources = resources.resolved()
     delay = resources.signal_delay_s
     ready = [replace(command, grace_s=max(delay - 30, delay / 2)) for command in commands]  # time for the requeue
+    executor = _executor(folder, resources, commands[0].arguments[0], slot)
     try:
-        jobs: list[Any] = _executor(folder, resources, commands[0].arguments[0], slot).submit_array(ready)
-    except FailedSubmissionError as error:
-        raise UserError(f"sbatch: {redact(' '.join(str(error).split()))}") from None
+        with redirect_stderr(io.StringIO()):  # sbatch's answer, which is raised as well
+            jobs: list[Any] = executor.submit_array(ready)
+    except (FailedJobError, FailedSubmissionError) as error:
+        raise UserError(redact(" ".join(str(error).split()))) from None
     return jobs
 
 
