@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -17,7 +14,6 @@ import psutil
 import pytest
 
 from launch.submit import MAX_STALLS, Resources, State, prepare, states, submit, submitted
-from stack.dist import VARIABLES
 
 ROOT = Path(__file__).parents[2]
 TWO = Resources(cluster="local", tasks_per_node=2)
@@ -53,11 +49,6 @@ def steps(run: Path) -> int:
     return path.read_text().count('"loss"') if path.exists() else 0
 
 
-def history(run: Path) -> list[tuple]:
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [tuple(line.get(key) for key in ("step", "loss", "grad_norm", "lr", "val_loss")) for line in lines]
-
-
 def children(process: psutil.Process, word: str) -> list[psutil.Process]:
     found = []
     for child in process.children():
@@ -79,19 +70,12 @@ def commands(job: Any) -> list[psutil.Process]:
     return found
 
 
-@pytest.fixture(scope="module")
-def undisturbed(stage) -> Path:
-    config = stage.train_config("submit-whole", parallel={"engine": "zero", "zero_stage": 2}, schedule={"steps": 80})
-    environment = {key: value for key, value in os.environ.items() if key not in VARIABLES}
-    command = [sys.executable, "-m", "launch.cli", "train", str(config), "--ranks", "2"]
-    subprocess.run(command, cwd=ROOT, env={**environment, "OMP_NUM_THREADS": "1"}, check=True)
-    return stage.folder / "submit-whole"
-
-
-def test_a_job_that_is_asked_to_stop_is_requeued_and_goes_on_bit_for_bit(stage, undisturbed):
-    config = stage.train_config("submit-usr2", parallel={"engine": "zero", "zero_stage": 2}, schedule={"steps": 80})
+def test_a_job_that_is_asked_to_stop_is_requeued_and_goes_on_bit_for_bit(stage, training, history):
+    sections = {"parallel": {"engine": "zero", "zero_stage": 2}, "schedule": {"steps": 80}}
+    undisturbed = training(stage.train_config("submit-whole", **sections), 2)
+    undisturbed.finish()
     run = stage.folder / "submit-usr2"
-    command = prepare("train", str(config))
+    command = prepare("train", str(stage.train_config("submit-usr2", **sections)))
     (job,) = submit([command], TWO, command.folder / "jobs")
     for step in (5, 20):  # submitit counts each as a time-out, since the job is shorter than ten minutes
         until(lambda step=step: steps(run) > step, f"step {step}")
@@ -103,17 +87,19 @@ def test_a_job_that_is_asked_to_stop_is_requeued_and_goes_on_bit_for_bit(stage, 
         until(lambda before=before: {p.pid for p in tasks(job)}.isdisjoint(before) and tasks(job), "the next life")
     assert ended(job) == State("finished")
     assert job.results() == [None, None]
-    assert history(run) == history(undisturbed)
+    assert history(run) == history(undisturbed.run)
     weights = "snapshots/00000080.safetensors"
-    assert (run / weights).read_bytes() == (undisturbed / weights).read_bytes()
+    assert (run / weights).read_bytes() == (undisturbed.run / weights).read_bytes()
     said = job.task(0).stderr()
     assert said.count("asked to stop, saved after step") == 2
     assert said.count("going on after step") == 2
 
 
-def test_signals_before_the_training_listens_requeue_but_not_for_ever(stage):
-    config = stage.train_config("submit-early")
-    command = prepare("train", str(config))
+def test_a_job_without_progress_is_not_requeued_for_ever(stage, mmdit):
+    """An evaluation that is ended by each signal before it has written anything."""
+    config = stage.train_config("submit-early", schedule={"steps": 1})
+    assert mmdit("train", config).returncode == 0
+    command = prepare("evaluate", str(stage.folder / "submit-early"))
     (job,) = submit([command], ONE, command.folder / "jobs")
     seen: set[int] = set()
     for _ in range(MAX_STALLS + 1):
@@ -125,7 +111,7 @@ def test_signals_before_the_training_listens_requeue_but_not_for_ever(stage):
     state = ended(job)
     assert state.name == "failed"
     assert "asked to stop 4 times in a row before anything was saved" in state.reason
-    assert not list((stage.folder / "submit-early").glob("checkpoints/*"))
+    assert not (stage.folder / "submit-early" / "eval.jsonl").exists()
 
 
 def test_a_cancelled_job_saves_and_does_not_come_back(stage):
