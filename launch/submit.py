@@ -111,7 +111,8 @@ class Command:
     """Time to save in after a signal; then the command is killed."""
     stalls: int = 0
     """Requeues in a row without progress."""
-    _before: int | None = field(default=None, init=False)
+    _before: int | None = field(default=0, init=False)
+    """Its progress when this life began."""
 
     def __call__(self) -> None:
         from submitit import JobEnvironment
@@ -130,6 +131,8 @@ class Command:
             if job.cluster == "local" and job.num_tasks > 1 and os.getppid() == int(job.job_id):
                 os.kill(os.getppid(), signal.SIGTERM)  # submitit would leave the other tasks in their collective
             raise CommandError(_failure(code, log, start))
+        if code == STOPPED and self.arguments[0] == "evaluate":
+            self._before = None  # it waits for snapshots, and that is no stall
         if main and not _cancelled(job, signals):
             signal.raise_signal(job._usr_sig())  # submitit's handler, back in its place: checkpoint() and requeue
         sys.exit(0)  # without a result: this life of the job is over, the job is not
@@ -142,7 +145,7 @@ class Command:
         from submitit import JobEnvironment
         from submitit.helpers import DelayedSubmission
 
-        stalls = self.stalls + 1 if self._before in (None, self._progress()) else 0
+        stalls = self.stalls + 1 if self._before == self._progress() else 0
         if stalls > MAX_STALLS:
             raise CommandError(
                 f"asked to stop {stalls} times in a row before anything was saved: give it a longer time limit"
