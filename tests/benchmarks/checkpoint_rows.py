@@ -5,16 +5,13 @@ python checkpoint_rows.py FOLDER SIZE LAYERS      one of two ranks: writes what 
 
 from __future__ import annotations
 
-import contextlib
-import io
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -130,9 +127,8 @@ class Benchmark:
         written = self._folder / "ranks"
         self._write_on_two_ranks(written)
         dist.init()
-        with _silent():
-            ours, peer = _our_resume(written, self._size), _their_resume(written, self._size)
-            return side_by_side(name, ours, peer, 1, UNIT, 3.0, self._pairs)
+        ours, peer = _our_resume(written, self._size), _their_resume(written, self._size)
+        return side_by_side(name, ours, peer, 1, UNIT, 3.0, self._pairs)
 
     def _write_on_two_ranks(self, folder: Path) -> None:
         from stack.dist import VARIABLES, free_port
@@ -147,13 +143,6 @@ class Benchmark:
         errors = [rank.communicate()[1].decode() for rank in ranks]
         if any(rank.returncode for rank in ranks):
             raise RuntimeError("\n".join(errors))
-
-
-@contextlib.contextmanager
-def _silent() -> Iterator[None]:
-    """DeepSpeed's conversion prints a bar for each of its stages."""
-    with contextlib.redirect_stdout(io.StringIO()):
-        yield
 
 
 def _our_resume(written: Path, size: tuple[int, int]) -> Callable[[], Pass]:
@@ -177,9 +166,8 @@ def _our_resume(written: Path, size: tuple[int, int]) -> Callable[[], Pass]:
 
 
 def _their_resume(written: Path, size: tuple[int, int]) -> Callable[[], Pass]:
-    """DeepSpeed's own checkpoint converted and loaded. It holds no average of the weights."""
+    """DeepSpeed's own checkpoint converted by its command and loaded. It holds no average of the weights."""
     import deepspeed
-    from deepspeed.checkpoint.ds_to_universal import main as convert
 
     from stack.parallel.engine import OptimConfig, ParallelConfig, parameter_groups
     from stack.parallel.zero import deepspeed_config
@@ -189,18 +177,11 @@ def _their_resume(written: Path, size: tuple[int, int]) -> Callable[[], Pass]:
     config = deepspeed_config(OptimConfig(), ParallelConfig(), 1, False)
     config["checkpoint"] = {"load_universal": True}
     engine, *_ = deepspeed.initialize(model=network, optimizer=optimizer, config=config)
-    options = Namespace(
-        input_folder=str(written / "deepspeed" / "step"),
-        output_folder=str(universal / "step"),
-        num_extract_workers=2,
-        num_merge_workers=2,
-        keep_temp_folder=False,
-        strict=True,
-        inject_missing_state=True,
-    )
+    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
+    command += ["--input_folder", str(written / "deepspeed" / "step"), "--output_folder", str(universal / "step")]
 
     def resume() -> None:
-        convert(options)
+        subprocess.run(command, check=True, capture_output=True)
         path, _ = engine.load_checkpoint(str(universal), tag="step")
         assert path is not None
 
