@@ -1,4 +1,4 @@
-"""Checkpoints that a kill cannot spoil, readable at any world size and ZeRO stage, and written behind the training.
+"""Checkpoints that a kill cannot spoil, readable at any world size and ZeRO stage, and written beside the training.
 
     checkpoints/STEP.tmp/   each rank writes rank-RRRRR.safetensors, fsyncs and reports its size and hash
     COMPLETE                written by rank 0 after all have reported; then STEP.tmp is renamed to STEP
@@ -115,8 +115,10 @@ def _sha256(path: Path) -> str:
 class Checkpoints:
     """The checkpoints of one run folder; all methods are collectives.
 
-    Training stops for a copy into host memory alone, which is kept for the next one (16 bytes a parameter, divided by
-    the ranks). Writing, hashing, fsync and publication go on in a thread; a save waits for the one before it.
+    A save runs in a thread: the copy into host memory beside the next forward and backward pass, which change nothing
+    of what is saved, then writing, hashing, fsync and publication. Training waits only where its next update comes
+    before the copy's end (`settle`), or a save before the end of the one before. The host memory is kept for the next
+    copy: 16 bytes a parameter, divided by the ranks.
     """
 
     def __init__(self, run: Path, config: CheckpointConfig, keep_every: int = 0):
@@ -126,6 +128,7 @@ class Checkpoints:
         self._copies: list[_Flat] = []
         self._group = dist.side_group()  # the threads' own, since the training goes on using the other one
         self._thread: threading.Thread | None = None
+        self._copied = threading.Event()
         self._published = False
 
     def check_space(self, engine: Engine, ema: Ema) -> None:
@@ -141,15 +144,26 @@ class Checkpoints:
         return f"{self.folder}: a checkpoint needs {needed / 1e9:.2f} GB, {free / 1e9:.2f} are free"
 
     def save(self, step: int, engine: Engine, ema: Ema, state: dict[str, Any]) -> None:
-        """Copy checkpoint `step`, with the JSON-able `state`, and write it behind the training.
+        """Write checkpoint `step`, with the JSON-able `state`, beside the training, which calls `settle` before it next
+        changes weights, moments or average.
 
         A failure is reported and leaves older ones as they are.
         """
         self.wait()
-        self._copy(engine, ema)
+        flats = list(_flats(engine, ema, owned_only=True))
+        if not self._copies:
+            pinned = dist.device().type == "cuda"
+            self._copies = [flat._replace(tensor=torch.empty(flat.tensor.shape, pin_memory=pinned)) for flat in flats]
         record = {"format": FORMAT, "step": step, **state, "optimizer_step": _optimizer_step(engine)}
-        self._thread = threading.Thread(target=self._publish, args=(step, record), name="checkpoint", daemon=True)
+        updated = torch.cuda.current_stream().record_event() if dist.device().type == "cuda" else None
+        self._copied.clear()
+        self._thread = threading.Thread(target=self._run, args=(flats, updated, step, record), daemon=True)
         self._thread.start()
+
+    def settle(self) -> None:
+        """Until nothing of the state is read any more."""
+        if self._thread is not None:
+            self._copied.wait()
 
     def wait(self) -> bool:
         """Until the save in flight has ended. Whether the last one was published."""
@@ -158,27 +172,34 @@ class Checkpoints:
             self._thread = None
         return self._published
 
-    def _copy(self, engine: Engine, ema: Ema) -> None:
-        flats = list(_flats(engine, ema, owned_only=True))
-        if not self._copies:
-            pinned = dist.device().type == "cuda"
-            self._copies = [flat._replace(tensor=torch.empty(flat.tensor.shape, pin_memory=pinned)) for flat in flats]
-        for copy, flat in zip(self._copies, flats, strict=True):
-            copy.tensor.copy_(flat.tensor, non_blocking=True)
-        if dist.device().type == "cuda":
-            torch.cuda.synchronize()
-
-    def _publish(self, step: int, record: dict[str, Any]) -> None:
+    def _run(self, flats: list[_Flat], updated: Any, step: int, record: dict[str, Any]) -> None:
         self._published = False
         try:
-            problem = self._try_to_publish(step, record)
+            try:
+                self._copy(flats, updated)
+            finally:
+                self._copied.set()
+            problem = self._publish(step, record)
         except Exception as error:  # another rank is gone: the training ends of it, too
             problem = f"{type(error).__name__}: {error}"
         self._published = not problem
         if problem:
             say(f"checkpoint {step} failed ({problem}); training goes on, older checkpoints are untouched")
 
-    def _try_to_publish(self, step: int, record: dict[str, Any]) -> str:
+    @torch.no_grad()
+    def _copy(self, flats: list[_Flat], updated: Any) -> None:
+        """updated: on a GPU, the event after which the state is that of the step."""
+        if updated is None:
+            for copy, flat in zip(self._copies, flats, strict=True):
+                copy.tensor.copy_(flat.tensor)
+            return
+        with torch.cuda.device(dist.device()), torch.cuda.stream(torch.cuda.Stream()):
+            torch.cuda.current_stream().wait_event(updated)
+            for copy, flat in zip(self._copies, flats, strict=True):
+                copy.tensor.copy_(flat.tensor, non_blocking=True)
+            torch.cuda.current_stream().synchronize()
+
+    def _publish(self, step: int, record: dict[str, Any]) -> str:
         """What went wrong on the first rank where something did."""
         final, temporary = self.folder / f"{step:08d}", self.folder / f"{step:08d}.tmp"
         needed = sum(dist.all_gather(sum(flat.tensor.numel() * 4 for flat in self._copies), self._group))

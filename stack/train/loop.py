@@ -76,14 +76,15 @@ def train(config: TrainConfig) -> bool:
                 keys: list[str] = []
                 for _ in range(accumulate):
                     sums.own.start()
-                    waiting = time.perf_counter()
-                    batch = next(batches)
-                    sums.add("data_wait_s", time.perf_counter() - waiting)
+                    with sums.timed("data_wait_s"):
+                        batch = next(batches)
                     keys += batch.keys
                     losses = objective.loss(engine.network, batch.to(device), noise.at(batch.step, batch.positions))
                     sums.own.stop()
                     engine.backward(losses.total)
                     sums.add_losses(losses, accumulate)
+                with sums.timed("checkpoint_stall_s"):
+                    checkpoints.settle()
                 info = engine.step(lr)
                 if info.applied:
                     ema.update(step + 1 - guard.skipped)
@@ -106,13 +107,12 @@ def train(config: TrainConfig) -> bool:
                     dist.barrier()
                 stop = preemption.agreed()
                 if done % save_every == 0 or done == total or stop:
-                    stalled = time.perf_counter()
-                    metrics.sync()
-                    kept: dict[str, Any] = {"samples": done * size, "sums": dist.all_gather(sums.state())}
-                    kept |= {"skipped": guard.skipped, "in_a_row": guard.in_a_row, "wandb": metrics.run_id}
-                    kept |= {"engine": config.parallel.engine, "zero_stage": config.parallel.zero_stage}
-                    checkpoints.save(done, engine, ema, {**kept, "config": configuration.fingerprint(config)})
-                    sums.add("checkpoint_stall_s", time.perf_counter() - stalled)
+                    with sums.timed("checkpoint_stall_s"):
+                        metrics.sync()
+                        kept: dict[str, Any] = {"samples": done * size, "sums": dist.all_gather(sums.state())}
+                        kept |= {"skipped": guard.skipped, "in_a_row": guard.in_a_row, "wandb": metrics.run_id}
+                        kept |= {"engine": config.parallel.engine, "zero_stage": config.parallel.zero_stage}
+                        checkpoints.save(done, engine, ema, {**kept, "config": configuration.fingerprint(config)})
                 watchdog.beat()
                 if stop and done < total:
                     saved = f"saved after step {done}" if checkpoints.wait() else "but could not save"

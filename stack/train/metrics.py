@@ -5,6 +5,8 @@ from __future__ import annotations
 import socket
 import time
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import psutil
@@ -71,6 +73,13 @@ class Sums:
 
     def add(self, name: str, value: float) -> None:
         self.values[name] += value
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Adds the seconds that the `with` block takes."""
+        began = time.perf_counter()
+        yield
+        self.add(name, time.perf_counter() - began)
 
     def add_losses(self, losses: Losses, accumulate: int) -> None:
         """Of one of `accumulate` micro-batches."""

@@ -23,11 +23,33 @@ from torch import nn
 
 PAIRS = 7
 UNIT = "calls/s"
+Peer = tuple[Callable[[], Any], Callable[[Any], object]]
+"""A save, and what waits for the end of what it returned."""
 
 
 def network_of(size: int, layers: int) -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(*(nn.Linear(size, size) for _ in range(layers)))
+
+
+def timed_beside(
+    call: Callable[[], Any], step: Callable[[], None], settle: Callable[[], object], after: Callable[[Any], object]
+) -> Callable[[], Pass]:
+    """The time by which `call` lengthens a training: `call`, `step` and `settle`, less a `step` of its own before."""
+
+    def once() -> Pass:
+        alone = timed_call(step, lambda _: None)()
+
+        def both() -> Any:
+            result = call()
+            step()
+            settle()
+            return result
+
+        taken = timed_call(both, after)()
+        return Pass(max(taken.seconds - alone.seconds, 1e-4), taken.processor - alone.processor)
+
+    return once
 
 
 def timed_call(call: Callable[[], Any], after: Callable[[Any], object]) -> Callable[[], Pass]:
@@ -77,7 +99,7 @@ class Benchmark:
 
     # ---- the stall of a save
 
-    def _stall(self, peer: Callable[[dict[str, Any]], Callable[[], Pass]], target: float, name: str) -> Row:
+    def _stall(self, peer: Callable[[dict[str, Any]], Peer], target: float, name: str) -> Row:
         from stack import dist
         from stack.parallel.ema import Ema, EmaConfig
         from stack.parallel.engine import LocalEngine, OptimConfig, ParallelConfig, moments
@@ -98,26 +120,34 @@ class Benchmark:
             if not ours.wait():
                 raise RuntimeError("the checkpoint was not published")
 
-        save = timed_call(lambda: ours.save(1, engine, ema, {}), published)
-        return side_by_side(name, save, peer(state), 1, UNIT, target, self._pairs)
+        x = torch.randn(64, self._size[0])
 
-    def _dcp(self, state: dict[str, Any]) -> Callable[[], Pass]:
+        def step() -> None:
+            network(x).square().mean().backward()
+            network.zero_grad()
+
+        save = timed_beside(lambda: ours.save(1, engine, ema, {}), step, ours.settle, published)
+        call, finish = peer(state)
+        theirs = timed_beside(call, step, lambda: None, finish)
+        return side_by_side(name, save, theirs, 1, UNIT, target, self._pairs)
+
+    def _dcp(self, state: dict[str, Any]) -> Peer:
         import torch.distributed.checkpoint as dcp
 
         path = self._folder / "dcp"
-        return timed_call(lambda: dcp.async_save(state, checkpoint_id=path), lambda future: future.result())
+        return partial(dcp.async_save, state, checkpoint_id=path), lambda future: future.result()
 
-    def _dcp_with_stager(self, state: dict[str, Any]) -> Callable[[], Pass]:
+    def _dcp_with_stager(self, state: dict[str, Any]) -> Peer:
         import torch.distributed.checkpoint as dcp
         from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
         stager = DefaultStager(StagingOptions(False, True, False, False))  # what of it runs without a GPU
         path = self._folder / "dcp"
         save = partial(dcp.async_save, state, checkpoint_id=path, async_stager=stager)
-        return timed_call(save, lambda future: future.result())
+        return save, lambda future: future.result()
 
-    def _torch_save(self, state: dict[str, Any]) -> Callable[[], Pass]:
-        return timed_call(lambda: torch.save(state, self._folder / "state.pt"), lambda _: None)
+    def _torch_save(self, state: dict[str, Any]) -> Peer:
+        return partial(torch.save, state, self._folder / "state.pt"), lambda _: None
 
     # ---- resuming
 

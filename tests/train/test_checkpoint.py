@@ -141,8 +141,9 @@ def test_what_is_saved_is_the_state_at_the_call(tmp_path, monkeypatch):
     store = checkpoints(tmp_path)
     expected = {name: p.detach().clone() for name, p in engine.network.named_parameters()}
     store.save(3, engine, ema, {})
-    assert begun.wait(60)
+    store.settle()
     advance(engine, ema, 3)
+    assert begun.wait(60)
     assert any(not torch.equal(p, expected[name]) for name, p in engine.network.named_parameters())
     assert store.newest() is None
     threading.Timer(0.2, go_on.set).start()
