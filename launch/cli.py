@@ -70,14 +70,14 @@ def _line(error: Exception) -> str:
 
 def main() -> None:
     """Entry point of the `mmdit` command."""
-    from launch.environment import record_exit, set_defaults
+    from launch.environment import STOPPED, record_exit, set_defaults
 
     set_defaults()
     code = run()
     record_exit(code)
     sys.stdout.flush()
     sys.stderr.flush()
-    if code not in (0, 85):
+    if code not in (0, STOPPED):
         os._exit(code)  # an orderly exit would wait for a process group whose other ranks are gone
     sys.exit(code)
 

@@ -19,6 +19,8 @@ from typing import BinaryIO
 import click
 
 from stack.config import UserError
+from stack.train.preempt import EXIT_CODE as STOPPED
+from stack.train.preempt import SIGNALS
 
 # glibc gives freed memory back to the kernel at once and a training step then spends its time on page faults:
 # keep what was used. Read by malloc at start-up, so they are set for processes that are started from here.
@@ -28,7 +30,6 @@ MALLOC = {
     "MALLOC_TOP_PAD_": str(256 << 20),
 }
 
-STOPPED = 85  # a run that was asked to stop and has saved (stack.train.preempt.EXIT_CODE, without its imports)
 PR_SET_PDEATHSIG = 1  # of prctl(2)
 
 
@@ -98,7 +99,7 @@ def _scontrol(*arguments: str) -> str:
 
 
 def die_with_parent() -> None:
-    """In a child: be killed when the parent dies, however it dies (Linux)."""
+    """In a child: be asked to end (SIGTERM) when the parent dies, however it dies (Linux)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
@@ -136,15 +137,14 @@ def spawn(arguments: Sequence[str], ranks: int) -> int:
 
 def _wait(processes: list[subprocess.Popen[bytes]]) -> int | None:
     """The rank that failed first, None if all ended well. A signal to this process is passed on to the ranks."""
-    passed_on = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
     def pass_on(number: int, frame: object) -> None:
         for process in processes:
             if process.poll() is None:
                 process.send_signal(number)
 
-    before = {s: signal.signal(s, pass_on) for s in passed_on}
-    mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, passed_on)
+    before = {s: signal.signal(s, pass_on) for s in SIGNALS}
+    mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     failed: int | None = None
     try:
         while any(p.poll() is None for p in processes):
@@ -167,7 +167,7 @@ def _wait(processes: list[subprocess.Popen[bytes]]) -> int | None:
 
 
 def _end(processes: list[subprocess.Popen[bytes]], grace: float) -> None:
-    """Wait a little for processes that are ending by themselves, then terminate, then kill."""
+    """Wait a little for processes that are ending by themselves, then kill."""
     deadline = time.monotonic() + grace
     while time.monotonic() < deadline and any(p.poll() is None for p in processes):
         time.sleep(0.05)

@@ -20,10 +20,16 @@ say() {
 
 # A job that was cancelled, or that Slurm itself requeues, is left alone.
 requeue_if_running() {
-    if scontrol show job "$job" --oneliner | grep -q ' JobState=RUNNING '; then
-        say "$1: requeued"
-        scontrol requeue "$job"
-    fi
+    local known
+    for _ in {1..6}; do # slurmctld may be busy, or away for a moment
+        if known=$(scontrol show job "$job" --oneliner); then
+            [[ $known == *' JobState=RUNNING '* ]] || return 0
+            say "$1: requeued"
+            scontrol requeue "$job" && return 0
+        fi
+        sleep 10
+    done
+    say "$1: Slurm does not answer, so it is not requeued"
 }
 
 # Through srun, which passes the signal on to each rank.
@@ -39,12 +45,13 @@ ask_to_stop() {
 # user's to mend and ends it. Any other failure starts the step again, MAX_RETRIES times.
 run() {
     local tasks=${SLURM_GPUS_ON_NODE:-${SLURM_NTASKS_PER_NODE:-1}} failures=0 code rank=0
+    local cpus=${SLURM_CPUS_PER_TASK:-${SLURM_CPUS_PER_GPU:-}}
     local srun=(srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$((SLURM_JOB_NUM_NODES * tasks))"
-        --ntasks-per-node="$tasks" ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"}
+        --ntasks-per-node="$tasks" ${cpus:+--cpus-per-task="$cpus"}
         --kill-on-bad-exit=1 --open-mode=append --output="$logs-%t.log")
 
     # The same on each rank and after each restart, or sums are taken in another order.
-    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${cpus:-1}}
     # malloc keeps what was freed, as for the ranks that `--ranks` starts (launch/environment.py).
     export MALLOC_MMAP_THRESHOLD_=33554432 MALLOC_TRIM_THRESHOLD_=8589934592 MALLOC_TOP_PAD_=268435456
     # srun reports the highest code of all tasks, which is that of the ranks that it ended itself: the code and number of

@@ -18,6 +18,8 @@ from stack.config import Config
 from stack.files import publish
 from stack.shown import printable, redact
 
+FINISH_S = 60
+"""Seconds that a run waits at its end for wandb's uploads; `wandb sync` sends what is left."""
 _WANDB = "wandb.json"  # in a run's folder: the id of its wandb run
 
 
@@ -107,7 +109,7 @@ class Tracker:
             from wandb.sdk.lib import import_hooks
 
             (run / "wandb").mkdir(exist_ok=True)
-            with _without_secrets(sys.argv):  # wandb keeps the command line
+            with _without_secrets(sys.argv):
                 self._run = wandb.init(
                     project=config.project,
                     name=run.name,
@@ -116,7 +118,9 @@ class Tracker:
                     resume="allow",
                     mode="shared" if config.wandb == "online" else "offline",
                     config=values,
-                    settings=wandb.Settings(silent=True, x_primary=owner, x_update_finish_state=owner),
+                    settings=wandb.Settings(
+                        silent=True, x_primary=owner, x_update_finish_state=owner, finish_timeout=FINISH_S
+                    ),
                 )
             # Its hooks would count each import from here on, and fail with it once the service is gone.
             import_hooks.unregister_all_post_import_hooks()
@@ -205,12 +209,15 @@ class Metrics:
 
 @contextmanager
 def _without_secrets(arguments: list[str]) -> Iterator[None]:
-    before = list(arguments)
+    """For wandb, which keeps the command line and all that begins with SLURM_ in the environment."""
+    before, token = list(arguments), os.environ.pop("SLURM_JWT", None)
     arguments[:] = map(redact, before)
     try:
         yield
     finally:
         arguments[:] = before
+        if token is not None:
+            os.environ["SLURM_JWT"] = token
 
 
 def _continued(path: Path, step: int) -> TextIO:

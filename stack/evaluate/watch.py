@@ -7,17 +7,17 @@ result. If it dies, the lease goes to another. What was measured with the same s
 from __future__ import annotations
 
 import json
-import signal
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
+from types import FrameType
 
-from stack.evaluate.run import EvaluationConfig, Evaluator, numbers
+from stack.evaluate.run import EvaluationConfig, Evaluator, gather, numbers
 from stack.log import say
 from stack.train import snapshot
-from stack.train.preempt import SIGNALS
+from stack.train.preempt import Preemption
 
 POLL_S = 2.0
 MAX_TRIES = 3
@@ -28,29 +28,20 @@ class Stopped(BaseException):
     """The evaluator was asked to stop."""
 
 
-class _Stop:
-    """Listens for SIGUSR1, SIGUSR2 and SIGTERM while the `with` block lasts. They end what is marked as interruptible
-    at once; leases are taken and released, and results published, undisturbed."""
+class _Stop(Preemption):
+    """Signals end what is marked as interruptible at once; leases are taken and released, and results published,
+    undisturbed."""
 
-    def __enter__(self) -> _Stop:
-        self._asked = self._interrupts = False
-        self._before = {s: signal.signal(s, self._set) for s in SIGNALS}
-        self._mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-        return self
+    _interrupts = False
 
-    def __exit__(self, *exception: object) -> None:
-        signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
-        for s, handler in self._before.items():
-            signal.signal(s, handler)
-
-    def _set(self, number: int, frame: object) -> None:
-        self._asked = True
+    def _set(self, number: int, frame: FrameType | None) -> None:
+        super()._set(number, frame)
         if self._interrupts:
             self._interrupts = False
             raise Stopped
 
     def check(self) -> None:
-        if self._asked:
+        if self._flag:
             raise Stopped
 
     @contextmanager
@@ -87,6 +78,7 @@ def watch(run: Path, asked: EvaluationConfig, overrides: Sequence[str] = ()) -> 
                 steps = [step for step in snapshot.steps(run) if not evaluator.result(step).exists()]
                 left = [step for step in steps if failures[step] < MAX_TRIES]
                 if finished and not left:
+                    gather(run, evaluator.leases)  # also after one that died between its result and this
                     return steps
                 if not any(_evaluate(evaluator, step, failures, stop) for step in left):
                     time.sleep(POLL_S)

@@ -118,7 +118,7 @@ class Checkpoints:
     A save runs in a thread: the copy into host memory beside the next forward and backward pass, which change nothing
     of what is saved, then writing, hashing, fsync and publication. Training waits only where its next update comes
     before the copy's end (`settle`), or a save before the end of the one before. The host memory is kept for the next
-    copy: 16 bytes a parameter, divided by the ranks.
+    copy: 16 bytes a parameter, divided by the ranks, and up to twice that on a GPU, where PyTorch rounds it up.
     """
 
     def __init__(self, run: Path, config: CheckpointConfig, keep_every: int = 0):
@@ -130,10 +130,14 @@ class Checkpoints:
         self._thread: threading.Thread | None = None
         self._copied = threading.Event()
         self._published = False
+        self._broken: Exception | None = None
 
     def check_space(self, engine: Engine, ema: Ema) -> None:
-        """UserError where the disk has no room for one checkpoint."""
-        if problem := dist.broadcast(self._no_space(sum(dist.all_gather(_num_bytes(engine, ema))))):
+        """UserError where the disk has no room for one checkpoint, without what a kill left of another."""
+        needed = sum(dist.all_gather(_num_bytes(engine, ema)))
+        if dist.rank() == 0:
+            self._sweep()
+        if problem := dist.broadcast(self._no_space(needed) if dist.rank() == 0 else ""):
             raise UserError(f"{problem}: free some, or give run.dir another disk")
 
     def _no_space(self, needed: int) -> str:
@@ -147,7 +151,7 @@ class Checkpoints:
         """Write checkpoint `step`, with the JSON-able `state`, beside the training, which calls `settle` before it next
         changes weights, moments or average.
 
-        A failure is reported and leaves older ones as they are.
+        A write that fails on some rank is reported and leaves older ones as they are.
         """
         self.wait()
         flats = list(_flats(engine, ema, owned_only=True))
@@ -161,16 +165,25 @@ class Checkpoints:
         self._thread.start()
 
     def settle(self) -> None:
-        """Until nothing of the state is read any more."""
+        """Until nothing of the state is read any more. Raises RuntimeError as `wait` does."""
         if self._thread is not None:
             self._copied.wait()
+            self._check()
 
     def wait(self) -> bool:
-        """Until the save in flight has ended. Whether the last one was published."""
+        """Until the save in flight has ended. Whether the last one was published.
+
+        Raises RuntimeError where the ranks' threads no longer agree on what they do: the run has to start again.
+        """
         if self._thread is not None:
             self._thread.join()
             self._thread = None
+        self._check()
         return self._published
+
+    def _check(self) -> None:
+        if self._broken is not None:
+            raise RuntimeError(f"a checkpoint broke off: {self._broken}") from self._broken
 
     def _run(self, flats: list[_Flat], updated: Any, step: int, record: dict[str, Any]) -> None:
         self._published = False
@@ -180,8 +193,9 @@ class Checkpoints:
             finally:
                 self._copied.set()
             problem = self._publish(step, record)
-        except Exception as error:  # another rank is gone: the training ends of it, too
-            problem = f"{type(error).__name__}: {error}"
+        except Exception as error:  # beyond what `_publish` shares with the other ranks, or one of them is gone
+            self._broken = error
+            return
         self._published = not problem
         if problem:
             say(f"checkpoint {step} failed ({problem}); training goes on, older checkpoints are untouched")
@@ -208,7 +222,7 @@ class Checkpoints:
             try:
                 self._sweep()
                 problem = self._no_space(needed)
-            except OSError as error:
+            except Exception as error:
                 problem = str(error)
         if any(problems := dist.all_gather(problem, self._group)):
             return problems[0]
@@ -226,7 +240,7 @@ class Checkpoints:
                     shutil.rmtree(final)
                 os.replace(temporary, final)
                 _fsync(self.folder)
-            except OSError as error:
+            except Exception as error:
                 problem = str(error)
         problems = [p for p in dist.all_gather(problem, self._group) if p]
         if dist.rank() == 0:

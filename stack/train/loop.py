@@ -118,6 +118,7 @@ def train(config: TrainConfig) -> bool:
                     saved = f"saved after step {done}" if checkpoints.wait() else "but could not save"
                     say(f"{run}: asked to stop, {saved}; the same command goes on from there")
                     metrics.close()
+                    dist.barrier()  # or rank 0 would be ended with the others while it cleans up
                     return False
             checkpoints.wait()
         metrics.close()

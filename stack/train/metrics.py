@@ -26,7 +26,8 @@ SLOW = 1.5
 
 
 class Stopwatch:
-    """Seconds of this rank's own work, which waits for no other rank: `start` … `stop`, added up by `total`.
+    """Seconds of this rank's own work, which waits for no other rank but under ZeRO-3: `start` … `stop`, added up by
+    `total`.
 
     On a GPU what is timed are its kernels, by events that are read when the total is.
     """

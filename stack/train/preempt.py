@@ -9,6 +9,10 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 EXIT_CODE = 85
 """Exit status of a run that was asked to stop and has saved: start it again and it goes on."""
@@ -29,7 +33,7 @@ def held_back() -> Iterator[None]:
 class Preemption:
     """Listens for SIGUSR1, SIGUSR2 and SIGTERM while the `with` block lasts."""
 
-    def __enter__(self) -> Preemption:
+    def __enter__(self) -> Self:
         self._flag = False
         self._before = {s: signal.signal(s, self._set) for s in SIGNALS}
         self._mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)

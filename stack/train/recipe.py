@@ -30,7 +30,8 @@ class RunConfig(Config):
     max_nonfinite: PositiveInt = 20
     """Steps in a row with a non-finite gradient that end the run."""
     watchdog_s: PositiveFloat = 900
-    """Seconds without a step after which a rank writes its stacks and ends; more than the slowest snapshot takes."""
+    """Seconds without a step after which a rank writes its stacks and ends: more than a snapshot takes, or the write
+    of a checkpoint."""
 
 
 class TrainConfig(Config):

@@ -37,6 +37,8 @@ def write(run: Path, step: int, weights: dict[str, Tensor], metadata: dict[str, 
     from safetensors.torch import save_file
 
     path = run / "snapshots" / f"{step:08d}.safetensors"
+    for leftover in path.parent.glob(".*.tmp"):  # of a kill; nobody else writes here
+        leftover.unlink()
     with publish(path) as temporary:
         save_file(weights, temporary, metadata={"config": json.dumps({**metadata, "step": step})})
     return path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import resource
 import signal
 import threading
@@ -65,6 +66,26 @@ def test_a_full_disk_ends_no_run(stage, training):
     assert (again.run / "checkpoints" / "00000006" / "COMPLETE").exists()
 
 
+def test_a_disk_that_is_full_for_one_rank_spoils_no_checkpoint(stage, training):
+    """The ranks agree that a save failed, and on the next one that works."""
+    sections = {"schedule": {"steps": 400, "warmup": 1}, "checkpoint": {"every": 20, "keep": 3}}
+    run = training(stage.train_config("full-rank", **ZERO, **sections), 2)
+    run.wait_for_step(20)
+    other = run.ranks()[1].pid
+    resource.prlimit(other, resource.RLIMIT_FSIZE, (50_000, resource.RLIM_INFINITY))
+    run.wait_for_step(120)
+    resource.prlimit(other, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    said = run.finish()
+    assert "File too large" in said
+    assert "training goes on" in said
+    kept = sorted(path.name for path in (run.run / "checkpoints").glob("0*"))
+    assert kept == ["00000360", "00000380", "00000400"]
+    for name in kept:
+        record = json.loads((run.run / "checkpoints" / name / "COMPLETE").read_text())
+        assert [file["name"] for file in record["files"]] == ["rank-00000.safetensors", "rank-00001.safetensors"]
+    assert "does not verify" not in training(stage.train_config("full-rank", **ZERO, **sections), 2).finish()
+
+
 def test_the_death_of_wandb_s_service_ends_no_run(stage, training, history):
     sections = {"schedule": {"steps": 600, "warmup": 1}}
     run = training(stage.train_config("wandb-dead", log={"every": 1, "wandb": "offline"}, **sections), 1)
@@ -93,6 +114,7 @@ def test_an_unreachable_wandb_server_ends_no_run(stage, training):
 
 
 CANARIES = {
+    "SLURM_JWT": "canary.slurm.token",
     "WANDB_API_KEY": "c0ffee" * 6 + "c0ff",
     "AWS_SECRET_ACCESS_KEY": "canary/aws+secret0123456789",
     "HF_TOKEN": "hf_canarytoken0123456789",

@@ -7,6 +7,7 @@ import resource
 import shutil
 import signal
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -155,6 +156,24 @@ def test_what_is_saved_is_the_state_at_the_call(tmp_path, monkeypatch):
     record, _ = checkpoint._read_record(tmp_path / "checkpoints" / "00000003")
     store.load(record, other, other_ema)
     assert all(torch.equal(p, expected[name]) for name, p in other.network.named_parameters())
+
+
+def test_training_waits_for_the_copy_before_its_update(stage, mmdit, tmp_path, monkeypatch):
+    """A copy that takes longer than a step: what is saved is the state after its step all the same."""
+    config = stage.train_config("slow-copy", checkpoint={"every": 1, "keep": 4})
+    whole = mmdit("train", config, f"run.dir={tmp_path / 'whole'}")
+    assert whole.returncode == 0, whole.stderr
+    copy = Checkpoints._copy
+
+    def late(self: Checkpoints, *arguments: object) -> None:
+        time.sleep(0.5)
+        copy(self, *arguments)
+
+    monkeypatch.setattr(Checkpoints, "_copy", late)
+    assert mmdit("train", config, f"run.dir={tmp_path / 'late'}").returncode == 0
+    for step in range(1, 5):
+        name = f"checkpoints/{step:08d}/rank-00000.safetensors"
+        assert (tmp_path / "late" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
 def test_a_disk_without_room_is_said_before_the_first_step_and_at_each_save(tmp_path, monkeypatch, capsys):
