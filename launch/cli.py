@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import importlib
 import os
 import sys
@@ -77,9 +78,9 @@ def main() -> None:
     record_exit(code)
     sys.stdout.flush()
     sys.stderr.flush()
-    if code not in (0, STOPPED):
-        os._exit(code)  # an orderly exit would wait for a process group whose other ranks are gone
-    sys.exit(code)
+    if code in (0, STOPPED):
+        atexit._run_exitfuncs()
+    os._exit(code)  # the end of the interpreter aborts over a process group's threads, or waits for ranks that are gone
 
 
 if __name__ == "__main__":

@@ -150,8 +150,8 @@ class Training:
 
     def ranks(self) -> list[psutil.Process]:
         """Its ranks' processes, in order."""
-        children = psutil.Process(self.process.pid).children()
-        return sorted((c for c in children if "launch.cli" in c.cmdline()), key=lambda c: int(c.environ()["RANK"]))
+        places = [(c.environ().get("RANK"), c) for c in psutil.Process(self.process.pid).children()]
+        return [child for _, child in sorted((int(rank), c) for rank, c in places if rank is not None)]
 
     def kill(self) -> str:
         os.killpg(self.process.pid, signal.SIGKILL)

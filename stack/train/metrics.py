@@ -22,7 +22,8 @@ from stack.train.objective import Losses
 NUM_BINS = 4
 """Of the timestep, each as wide as the others: loss_t0 is of t in [0, 1/4)."""
 SLOW = 1.5
-"""A rank is a straggler when its own work takes so many times the median of all ranks."""
+"""A rank is a straggler when its own work takes so many times the median of all ranks, in PATIENCE lines in a row."""
+PATIENCE = 3
 
 
 class Stopwatch:
@@ -67,6 +68,7 @@ class Sums:
         """of_ranks: a checkpoint's. After a change of the number of ranks each goes on from the mean of all."""
         self.values: defaultdict[str, float] = defaultdict(float)
         self.own = Stopwatch()
+        self._slow = (0, 0)  # the last straggler, and in how many lines in a row it was one
         if of_ranks and len(of_ranks) == dist.world_size():
             self.values.update(of_ranks[dist.rank()])
         elif of_ranks:
@@ -118,22 +120,25 @@ class Sums:
             line["tflops_per_s"] = line.pop("tflop") / line["step_s"]
             if peak := peak_tflops(dist.device()):
                 line["mfu"] = line["tflops_per_s"] / peak
-        line |= _straggler(sums["own_s"] / steps)
+        line |= self._straggler(sums["own_s"] / steps)
         line["rss_gb"] = psutil.Process().memory_info().rss / 1e9
         if dist.device().type == "cuda":
             line["gpu_gb"] = torch.cuda.max_memory_allocated() / 1e9
         self.values.clear()
         return line
 
-
-def _straggler(own_s: float) -> dict[str, Any]:
-    """The slowest rank, which is named where it holds up the others."""
-    if dist.world_size() == 1:
-        return {}
-    of_ranks = dist.all_gather((own_s, socket.gethostname()))
-    seconds = [own for own, _ in of_ranks]
-    slowest = max(range(len(seconds)), key=seconds.__getitem__)
-    median = sorted(seconds)[(len(seconds) - 1) // 2]
-    if seconds[slowest] > SLOW * median:
-        say(f"rank {slowest} on {of_ranks[slowest][1]} is slow: {seconds[slowest]:.3f} s a step, median {median:.3f} s")
-    return {"slowest_rank": slowest, "slowest_own_s": seconds[slowest]}
+    def _straggler(self, own_s: float) -> dict[str, Any]:
+        """The slowest rank, which is named where it goes on holding up the others."""
+        if dist.world_size() == 1:
+            return {}
+        of_ranks = dist.all_gather((own_s, socket.gethostname()))
+        seconds = [own for own, _ in of_ranks]
+        rank = max(range(len(seconds)), key=seconds.__getitem__)
+        median = sorted(seconds)[(len(seconds) - 1) // 2]
+        if seconds[rank] > SLOW * median:
+            self._slow = (rank, self._slow[1] + 1 if self._slow[0] == rank else 1)
+            if self._slow[1] == PATIENCE:
+                say(f"rank {rank} on {of_ranks[rank][1]} is slow: {seconds[rank]:.3f} s a step, median {median:.3f} s")
+        else:
+            self._slow = (0, 0)
+        return {"slowest_rank": rank, "slowest_own_s": seconds[rank]}
