@@ -119,7 +119,8 @@ class Training:
     def __init__(self, config: Path, ranks: int, environment: Mapping[str, str] | None = None, **popen: Any):
         from stack.dist import VARIABLES
 
-        inherited = {key: value for key, value in os.environ.items() if key not in VARIABLES}
+        # Nor wandb's service of this process, which a training in it has started.
+        inherited = {key: value for key, value in os.environ.items() if key not in (*VARIABLES, "WANDB_SERVICE")}
         self.run = Path(yaml.safe_load(config.read_text())["run"]["dir"])
         self._metrics = self.run / "metrics.jsonl"
         self._stale = self._metrics.stat().st_ino if self._metrics.exists() else None  # of the process before

@@ -252,3 +252,15 @@ def read(encoded: Path) -> dict[str, bytes]:
     """Without the indices, which know their shard's time of change."""
     files = [path for path in encoded.iterdir() if path.is_file() and ".index." not in path.name]
     return {path.name: path.read_bytes() for path in files}
+
+
+def test_a_second_up_finds_it_running():
+    """Here, and not beside the other tests of up.sh: it would bring back the node that a test above takes away."""
+    folder = Path(os.environ["SLURM_CONF"]).parent
+    before = {path.name: path.read_text() for path in folder.glob("*.pid")}
+    assert {"munged.pid", "slurmctld.pid", "slurmd.n1.pid", "slurmd.n4.pid"} <= set(before)
+    environment = {**os.environ, "MMDIT_SLURM": str(folder)}
+    done = subprocess.run(["slurm/local/up.sh"], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert f"source {folder}/env.sh" in done.stdout
+    assert {path.name: path.read_text() for path in folder.glob("*.pid")} == before
