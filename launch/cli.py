@@ -76,10 +76,10 @@ def main() -> None:
     set_defaults()
     code = run()
     record_exit(code)
-    sys.stdout.flush()
-    sys.stderr.flush()
     if code in (0, STOPPED):
         atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
     os._exit(code)  # the end of the interpreter aborts over a process group's threads, or waits for ranks that are gone
 
 

@@ -38,12 +38,12 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_va
 from launch.environment import MALLOC, STOPPED, die_with_parent
 from stack.config import Config, UserError, load, validate
 from stack.shown import redact
+from stack.train.preempt import SIGNALS
 
 # What shows that a command gets on: files in its folder that appear or change only when work is done.
 PROGRESS = {"train": "checkpoints/*/COMPLETE", "preencode": "*.tar", "evaluate": "eval.jsonl"}
 MAX_STALLS = 3  # requeues in a row without progress after which a job fails
-SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)
-LIVES = 1_000_000  # submitit counts every signal of a short job as a time-out; what ends a job is MAX_STALLS
+LIVES = 1_000_000  # submitit counts every signal of a short job as a time-out; on Slurm MAX_STALLS alone ends a job
 LOCAL_MINUTES = 7 * 24 * 60  # submitit wants a time limit on this machine, too
 LAST_LINES = 20  # of the command's log, in the exception of a failed job
 
@@ -57,11 +57,12 @@ class Resources(Config):
     tasks_per_node: PositiveInt = 1
     """Ranks; one a GPU, where there are GPUs."""
     gpus_per_node: NonNegativeInt = 0
+    """With 0 a job sees none."""
     cpus_per_task: PositiveInt | None = None
     mem_gb: PositiveInt | None = None
     """Memory a node."""
     timeout_min: PositiveInt | None = None
-    """Time limit, at which a training is requeued and goes on; an hour on Slurm, none on this machine if not given."""
+    """Time limit, at which a training is requeued and goes on. If not given, an hour on Slurm and a week here."""
     signal_delay_s: PositiveFloat = 120
     """Seconds before the time limit at which the job is asked to stop and save."""
     parallel: PositiveInt | None = None
@@ -413,10 +414,10 @@ def _pairs(context: click.Context, parameter: click.Parameter, given: tuple[str,
 @click.option("--cluster", type=click.Choice(["auto", "slurm", "local"]), default="auto", show_default=True)
 @click.option("--nodes", type=int, default=1, show_default=True)
 @click.option("--tasks-per-node", type=int, default=1, show_default=True, help="Ranks: one a GPU.")
-@click.option("--gpus-per-node", type=int, default=0, show_default=True)
+@click.option("--gpus-per-node", type=int, default=0, show_default=True, help="With 0 it sees none.")
 @click.option("--cpus-per-task", type=int)
 @click.option("--mem-gb", type=int, help="Memory a node.")
-@click.option("--timeout-min", type=int, help="Time limit; at it, a training is requeued. 60 on Slurm, none here.")
+@click.option("--timeout-min", type=int, help="Time limit; at it, a training is requeued. 60 on Slurm, a week here.")
 @click.option("--signal-delay-s", type=float, default=120, show_default=True, help="So long before, it begins to save.")
 @click.option("--partition")
 @click.option("--account")

@@ -136,6 +136,8 @@ class Trial(Config):
     """Of its whole configuration."""
     job: Submitted | None = None
     """The newest one."""
+    slot: NonNegativeInt = 0
+    """On this machine, which of those that run at once it is, and so which GPUs are its own."""
 
 
 class Record(Config):
@@ -236,7 +238,7 @@ def _with_jobs(asked: list[Trial], folder: Path) -> list[Trial]:
     known = _read(folder).trials
     if [trial.fingerprint for trial in known] != [trial.fingerprint for trial in asked]:
         raise UserError(f"{folder} holds another sweep: its trials differ from these; give --dir a new folder")
-    return [trial.model_copy(update={"job": old.job}) for trial, old in zip(asked, known, strict=True)]
+    return known
 
 
 def _states(folder: Path, record: Record) -> list[State | None]:
@@ -260,24 +262,22 @@ def _submit(folder: Path, record: Record, todo: Sequence[int], slot: int = 0) ->
     ]
     jobs = submit(commands, record.sweep.resources, folder / "jobs", slot)
     for number, trial, job in zip(todo, chosen, jobs, strict=True):
-        record.trials[number] = trial.model_copy(update={"job": submitted(job)})
+        record.trials[number] = trial.model_copy(update={"job": submitted(job), "slot": slot})
     _write(folder, record)
 
 
 def _run_here(folder: Path, record: Record, todo: list[int], show: Callable[[list[Row]], None]) -> None:
     """Keep `parallel` trials running on this machine, each with GPUs of its own, until all have ended."""
     waiting, parallel = list(todo), record.sweep.resources.parallel or 1
-    slots: dict[int, int] = {}
     while True:
         alive = [number for number, state in enumerate(_states(folder, record)) if state and state.alive]
         cancelled = (folder / CANCELLED).exists()
         if cancelled:
             cancel_jobs(folder / "jobs", [job for number in alive if (job := record.trials[number].job)])
-        slots = {number: slot for number, slot in slots.items() if number in alive}
         while waiting and len(alive) < parallel and not cancelled:
             number = waiting.pop(0)
-            slots[number] = min(set(range(parallel)) - set(slots.values()))
-            _submit(folder, record, [number], slots[number])
+            taken = {record.trials[other].slot for other in alive}
+            _submit(folder, record, [number], min(set(range(parallel)) - taken))
             alive.append(number)
         show(rows(folder))
         if not alive:

@@ -17,7 +17,7 @@ import shutil
 import struct
 import threading
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -134,7 +134,7 @@ class Checkpoints:
 
     def check_space(self, engine: Engine, ema: Ema) -> None:
         """UserError where the disk has no room for one checkpoint, without what a kill left of another."""
-        needed = sum(dist.all_gather(_num_bytes(engine, ema)))
+        needed = sum(dist.all_gather(_num_bytes(_flats(engine, ema, owned_only=True))))
         if dist.rank() == 0:
             self._sweep()
         if problem := dist.broadcast(self._no_space(needed) if dist.rank() == 0 else ""):
@@ -216,7 +216,7 @@ class Checkpoints:
     def _publish(self, step: int, record: dict[str, Any]) -> str:
         """What went wrong on the first rank where something did."""
         final, temporary = self.folder / f"{step:08d}", self.folder / f"{step:08d}.tmp"
-        needed = sum(dist.all_gather(sum(flat.tensor.numel() * 4 for flat in self._copies), self._group))
+        needed = sum(dist.all_gather(_num_bytes(self._copies), self._group))
         problem, report = "", None
         if dist.rank() == 0:
             try:
@@ -302,8 +302,8 @@ class Checkpoints:
         engine.refresh()
 
 
-def _num_bytes(engine: Engine, ema: Ema) -> int:
-    return sum(flat.tensor.numel() * 4 for flat in _flats(engine, ema, owned_only=True))
+def _num_bytes(flats: Iterable[_Flat]) -> int:
+    return sum(flat.tensor.nbytes for flat in flats)
 
 
 def _read_record(folder: Path) -> tuple[dict[str, Any] | None, str]:

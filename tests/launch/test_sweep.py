@@ -15,7 +15,8 @@ import yaml
 from PIL import Image
 
 from launch import sweep
-from launch.submit import Resources, _controller
+from launch.submit import Resources, State, Submitted, _controller
+from launch.sweep import Record, SweepConfig, Trial
 from stack import config as configuration
 from stack.config import UserError
 
@@ -26,6 +27,25 @@ ROOT = Path(__file__).parents[2]
 def _at_the_root(monkeypatch):
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+def test_a_trial_that_outlived_its_sweep_keeps_its_gpus(monkeypatch, tmp_path):
+    """The trial in the second slot still runs when `sweep run` comes back: the next one gets the first slot."""
+    job = Submitted(cluster="local", id="1", tasks=1)
+    old = [Trial(name=f"{n:03d}", values={}, steps=1, fingerprint="", job=job, slot=n) for n in range(2)]
+    new = Trial(name="002", values={}, steps=1, fingerprint="")
+    resources = Resources(cluster="local", parallel=2, gpus_per_node=1)
+    asked = SweepConfig(config=tmp_path, parameters={"x": [1]}, resources=resources)
+    record = Record(sweep=asked, trials=[*old, new])
+    ended, running = State("finished"), State("running")
+    states = iter([[ended, running, None], [ended, ended, ended]])
+    given: list[int] = []
+    monkeypatch.setattr(sweep, "_states", lambda folder, record: next(states))
+    monkeypatch.setattr(sweep, "_submit", lambda folder, record, todo, slot: given.append(slot))
+    monkeypatch.setattr(sweep, "rows", lambda folder: [])
+    monkeypatch.setattr(sweep, "POLL_S", 0)
+    sweep._run_here(tmp_path, record, [2], lambda rows: None)
+    assert given == [0]
 
 
 def write(path: Path, **values) -> Path:
