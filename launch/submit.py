@@ -339,15 +339,18 @@ def states(folder: Path, jobs: Sequence[Submitted]) -> list[State]:
     folder: of the jobs' files.
     """
     slurm = _slurm([job.id for job in jobs if job.cluster == "slurm"])
-    names = set(os.listdir(folder)) if folder.exists() else set()  # a listing sees what others wrote to a shared folder
-    found = []
-    for job in jobs:
+    gone = State("stopped", "ended without a result, and Slurm no longer knows it")
+    killed = State("stopped", "cancelled or killed")
+
+    def standing(job: Submitted) -> State:
         if job.cluster == "slurm":
-            state = slurm.get(job.id, State("stopped", "ended without a result, and Slurm no longer knows it"))
-        else:
-            state = State("running") if _controller(folder, job.id) else State("stopped", "cancelled or killed")
-        found.append(state if state.alive else _outcome(folder, names, job) or state)
-    return found
+            return slurm.get(job.id, gone)
+        return State("running") if _controller(folder, job.id) else killed
+
+    found = [standing(job) for job in jobs]
+    # After that, since what has ended left its result before; a listing sees what others wrote to a shared folder.
+    names = set(os.listdir(folder)) if folder.exists() else set()
+    return [s if s.alive else _outcome(folder, names, job) or s for s, job in zip(found, jobs, strict=True)]
 
 
 def _controller(folder: Path, job: str) -> Any:

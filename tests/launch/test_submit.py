@@ -13,6 +13,7 @@ from typing import Any
 import psutil
 import pytest
 
+import launch.submit
 from launch.submit import MAX_STALLS, Resources, State, prepare, states, submit, submitted
 
 ROOT = Path(__file__).parents[2]
@@ -141,6 +142,20 @@ def test_a_command_that_fails_is_a_job_that_fails_with_its_last_line(stage, mmdi
         job.results()
 
 
+def test_a_job_that_ends_while_it_is_looked_at_has_finished(stage, monkeypatch):
+    config = stage.train_config("submit-end", schedule={"steps": 2})
+    command = prepare("train", str(config))
+    (job,) = submit([command], ONE, command.folder / "jobs")
+    look = launch.submit._controller
+
+    def as_it_ends(folder: Path, number: str) -> Any:
+        job._process.wait()
+        return look(folder, number)
+
+    monkeypatch.setattr(launch.submit, "_controller", as_it_ends)
+    assert states(job.paths.folder, [submitted(job)]) == [State("finished")]
+
+
 def test_when_one_task_dies_the_others_are_ended(stage):
     config = stage.train_config(
         "submit-kill", parallel={"engine": "zero", "zero_stage": 1}, schedule={"steps": 100_000}
@@ -181,5 +196,5 @@ def test_an_evaluation_is_submitted_like_a_training(stage, mmdit):
     assert mmdit("train", config).returncode == 0
     run = stage.folder / "submit-evaluate"
     done = mmdit("submit", "evaluate", run, "--batch-size", "8", "--cluster", "local", "--wait")
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, (done.stderr, [path.read_text() for path in (run / "jobs").glob("*.err")])
     assert json.loads((run / "eval.jsonl").read_text())["step"] == 2
