@@ -24,7 +24,7 @@ from stack.data.dataset import LatentDataset
 from stack.data.images import DecodeError, decode_image
 from stack.text import conditioning
 from stack.text.conditioning import EncodedText
-from stack.train.rectified_flow import VALIDATION_LEVELS
+from stack.train.text_to_image import VALIDATION_LEVELS
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp")
 LAYER = "2048"

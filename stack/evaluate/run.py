@@ -36,9 +36,9 @@ from stack.text.encoders import ClipScore, TextEncoders
 from stack.train import loop, recipe, snapshot
 from stack.train.pictures import contact_sheet
 from stack.train.recipe import TrainConfig
-from stack.train.rectified_flow import RectifiedFlow, RectifiedFlowConfig
 from stack.train.sampler import Sampler, SamplerConfig
 from stack.train.schedule import steps_of
+from stack.train.text_to_image import TextToImage, TextToImageConfig
 
 MAX_SHOWN = 64
 """Samples on a contact sheet."""
@@ -97,7 +97,7 @@ class Evaluator:
         self._tracker: Tracker | None = None
         if asked.scenes or asked.samples:
             objective = self._trained.objective
-            if not isinstance(objective, RectifiedFlowConfig):
+            if not isinstance(objective, TextToImageConfig):
                 raise UserError(f"{run}: a run of kind {objective.kind!r} does not draw images from prompts")
             self._text = objective.text
             self._codec = Codec.load(objective.autoencoder).to(self._device)
@@ -153,7 +153,7 @@ class Evaluator:
         network = self._objective.network.to(self._device).eval()
         loss_N = loop.validation_losses(self._objective, network, self._data, self._asked.batch_size)
         result: dict[str, Any] = {"step": step, "val_loss": float(loss_N.mean())}
-        if isinstance(self._objective, RectifiedFlow):
+        if isinstance(self._objective, TextToImage):
             result["val_loss_at_t"] = metrics.by_timestep(loss_N)
         if self._asked.scenes or self._asked.samples:
             values = {**snap.metadata["sampling"], **self._asked.sampling}

@@ -14,8 +14,8 @@ from stack.models.mmdit import MMDiT, MMDiTConfig
 from stack.text.conditioning import EncodedText
 from stack.text.encoders import TextEncoders
 from stack.train import snapshot
-from stack.train.rectified_flow import check_encoders
 from stack.train.sampler import Sampler, SamplerConfig
+from stack.train.text_to_image import check_encoders
 
 
 def load_sampler(
@@ -26,7 +26,7 @@ def load_sampler(
     Raises UserError where an encoder is not the one of the training.
     """
     snap = snapshot.read(run, step)
-    if snap.metadata["kind"] != "rectified_flow":
+    if snap.metadata["kind"] != "text_to_image":
         raise UserError(f"{run}: a run of kind {snap.metadata['kind']!r} does not draw images from prompts")
     text = check_encoders(snap)
     network = MMDiT(MMDiTConfig(**snap.metadata["model"]))

@@ -25,7 +25,7 @@ from stack.models.mmdit import MMDiT, MMDiTConfig
 from stack.train import autoencoder, snapshot
 from stack.train.autoencoder import AutoencoderConfig
 from stack.train.recipe import TrainConfig
-from stack.train.rectified_flow import check_encoders
+from stack.train.text_to_image import check_encoders
 
 Target = Literal["stack", "diffusers", "single"]
 

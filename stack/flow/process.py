@@ -21,6 +21,7 @@ from pydantic import PositiveFloat
 from torch import Tensor
 
 from stack.config import Config
+from stack.flow.coupling import CouplingConfig
 from stack.flow.noise import Draws
 from stack.flow.path import Coefficients, Linear, PathConfig, per_sample
 from stack.flow.prediction import SIGMA_DATA, Estimate, Prediction, estimate, target_weights
@@ -69,6 +70,7 @@ class FlowConfig(Config):
     """Standard deviation of the data, for the prediction edm and for the input's scale on exploding paths."""
     timesteps: TimestepConfig = TimestepConfig()
     weight: WeightConfig = WeightConfig()
+    coupling: CouplingConfig = CouplingConfig()
 
     def times(self, draws: Draws, batch_size: int) -> Tensor:
         """The times at which to train the samples of `draws`, of a global batch of `batch_size`; float32 [B]."""

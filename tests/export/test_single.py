@@ -26,7 +26,7 @@ def write_run(stage, run: Path, preset: str) -> MMDiT:
     network.init_weights(seed=0)
     text = TextConfig(t5=str(stage.encoders / "t5"), clip_l=str(stage.encoders / "clip_l"))
     metadata = {
-        "kind": "rectified_flow",
+        "kind": "text_to_image",
         "model": config.model_dump(mode="json"),
         "text": text.model_dump(mode="json"),
         "autoencoder": str(stage.codec),

@@ -6,7 +6,7 @@ import torch
 
 from stack.config import UserError, load
 from stack.flow.noise import NoisePlan
-from stack.flow.path import EDM, VP, Linear
+from stack.flow.path import EDM, VP, Linear, Path
 from stack.flow.solvers import times
 from stack.flow.timesteps import (
     MAX_MODE_SCALE,
@@ -27,6 +27,8 @@ DENSITIES = [
     TimestepConfig(kind="cosmap"),
     TimestepConfig(kind="cosmap", shift=1.8),
 ]
+NARROW = TimestepConfig(kind="log_normal", mean=-0.5, std=0.6)  # within the paths' ends
+LOG_NORMAL = TimestepConfig(kind="log_normal", mean=-1.2, std=1.2)
 
 
 def test_mode_figures() -> None:
@@ -35,8 +37,12 @@ def test_mode_figures() -> None:
     assert pytest.approx(1.7519383938841089, abs=1e-15) == MAX_MODE_SCALE
 
 
-@pytest.mark.parametrize("config", DENSITIES, ids=str)
-def test_density_is_that_of_the_samples(config: TimestepConfig) -> None:
+@pytest.mark.parametrize(
+    ("config", "path"),
+    [*((config, Linear()) for config in DENSITIES), *((NARROW, path) for path in (Linear(), VP(), EDM()))],
+    ids=str,
+)
+def test_density_is_that_of_the_samples(config: TimestepConfig, path: Path) -> None:
     n = 400_000
     t = config.sample((torch.arange(n, dtype=torch.float64) + 0.5) / n, path)
     assert t.min() > 0
@@ -58,9 +64,9 @@ def test_logit_normal_has_the_mean_and_spread_it_says() -> None:
 
 
 def test_cosmap_density_formula() -> None:
-    assert TimestepConfig(kind="cosmap").density(torch.tensor(0.5, dtype=torch.float64), Linear()).item() == pytest.approx(
-        2 / (math.pi - math.pi / 2)
-    )
+    assert TimestepConfig(kind="cosmap").density(
+        torch.tensor(0.5, dtype=torch.float64), Linear()
+    ).item() == pytest.approx(2 / (math.pi - math.pi / 2))
 
 
 @pytest.mark.parametrize("config", DENSITIES, ids=str)
