@@ -13,6 +13,13 @@ import click
 @click.argument("overrides", nargs=-1)
 @click.option("--step", type=int, help="Snapshot of this training step; the newest if not given.")
 @click.option("--watch", is_flag=True, help="Evaluate every snapshot as it appears, until the run has finished.")
+@click.option(
+    "--patience",
+    type=click.FloatRange(min=0, min_open=True),
+    default=24,
+    show_default=True,
+    help="With --watch: hours without a sign of the training after which to give up.",
+)
 @click.option("--scenes", default=0, show_default=True, help="Judge so many samples of each kind of drawn scene.")
 @click.option("--samples", default=0, show_default=True, help="Draw so many samples for the held-out captions.")
 @click.option("--inception", type=click.Path(path_type=Path), help="InceptionV3's weights: FID and KID of the samples.")
@@ -33,6 +40,7 @@ def command(
     overrides: tuple[str, ...],
     step: int | None,
     watch: bool,
+    patience: float,
     steps: int | None,
     guidance: float | None,
     shift: float | None,
@@ -50,7 +58,7 @@ def command(
     given = {"steps": steps, "guidance": guidance, "shift": shift}
     asked["sampling"] = {key: value for key, value in given.items() if value is not None}
     if watch:
-        _watch(run, step, asked, overrides)
+        _watch(run, step, asked, overrides, patience)
         return
     from stack.config import validate
     from stack.evaluate.run import EvaluationConfig, evaluate
@@ -59,7 +67,7 @@ def command(
     click.echo(json.dumps(evaluate(run, step, config, overrides), indent=1))
 
 
-def _watch(run: Path, step: int | None, asked: dict[str, object], overrides: tuple[str, ...]) -> None:
+def _watch(run: Path, step: int | None, asked: dict[str, object], overrides: tuple[str, ...], patience: float) -> None:
     from stack.train.preempt import EXIT_CODE, held_back
 
     with held_back():
@@ -70,7 +78,7 @@ def _watch(run: Path, step: int | None, asked: dict[str, object], overrides: tup
         if step is not None:
             raise UserError("--watch evaluates every snapshot: leave out --step")
         try:
-            failed = watch(run, validate(EvaluationConfig, asked, "options"), overrides)
+            failed = watch(run, validate(EvaluationConfig, asked, "options"), overrides, 3600 * patience)
         except Stopped:
             raise click.exceptions.Exit(EXIT_CODE) from None
     if failed:

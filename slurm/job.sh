@@ -41,10 +41,12 @@ ask_to_stop() {
 
 # run ARGUMENTS …: `mmdit ARGUMENTS` as one task a GPU, else as many a node as --ntasks-per-node said, else one.
 #
-# Exit code 85 (asked to stop, saved), or any end after this shell was signalled, requeues the job. Exit code 2 is the
-# user's to mend and ends it. Any other failure starts the step again, MAX_RETRIES times.
+# Exit code 85 (asked to stop, saved) requeues the job, and so does any other end after this shell was signalled, at most
+# MAX_RETRIES times in a row: it has not saved. Exit code 2 is the user's to mend and ends it. Any other failure starts
+# the step again, MAX_RETRIES times.
 run() {
     local tasks=${SLURM_GPUS_ON_NODE:-${SLURM_NTASKS_PER_NODE:-1}} failures=0 code rank=0
+    local unsaved=$logs.unsaved # a line for each life that was asked to stop and did not save
     local cpus=${SLURM_CPUS_PER_TASK:-${SLURM_CPUS_PER_GPU:-}}
     local srun=(srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$((SLURM_JOB_NUM_NODES * tasks))"
         --ntasks-per-node="$tasks" ${cpus:+--cpus-per-task="$cpus"}
@@ -79,13 +81,25 @@ run() {
         fi
         rm -f "$MMDIT_FIRST_EXIT"
         case $code in
-        0) return ;;
+        0)
+            rm -f "$unsaved"
+            return
+            ;;
         2)
             tail -n 3 "$logs-$rank.log" || true
             say "exit code 2: stopped"
             exit 2
             ;;
         esac
+        if [ "$code" = 85 ]; then
+            rm -f "$unsaved"
+        elif [ "$signalled" ]; then
+            echo "$code" >>"$unsaved"
+            if [ "$(wc -l <"$unsaved")" -gt "$MAX_RETRIES" ]; then
+                say "exit code $code, asked to stop $((MAX_RETRIES + 1)) times in a row before anything was saved: given up"
+                exit "$code"
+            fi
+        fi
         if [ "$code" = 85 ] || [ "$signalled" ]; then
             requeue_if_running "exit code $code"
             exit "$code"

@@ -61,7 +61,7 @@ def write(out: Path, autoencoder: Path, run: Path, summary: dict[str, Any], comm
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
     )
-    evaluation = [(path.stem, embed(path)) for path in sorted((run / "eval").glob("*/*.png"))]
+    evaluation = [(path.stem.partition("-")[2], embed(path)) for path in sorted((run / "eval").glob("*/*.png"))]
     html = environment.get_template("report.html").render(
         name=run.parent.name,
         summary=summary,

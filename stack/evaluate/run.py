@@ -1,7 +1,7 @@
 """Evaluation of a run's snapshots: validation loss, FID, KID and CLIP score of samples, accuracy on drawn scenes.
 
 eval/STEP/SETTINGS.json   one result, published by rename: the truth, whoever measured it
-eval/STEP/*.png           the samples that were looked at
+eval/STEP/SETTINGS-*.png  the samples that were looked at
 eval.jsonl                a line a result, gathered from them
 """
 
@@ -219,7 +219,7 @@ class Evaluator:
         return result
 
     def _show(self, step: int, name: str, sheet: Any) -> None:
-        with publish(self.run / "eval" / f"{step:08d}" / f"{name}.png") as temporary:
+        with publish(self.run / "eval" / f"{step:08d}" / f"{self._mark}-{name}.png") as temporary:
             sheet.save(temporary, format="png")
 
     def close(self) -> None:

@@ -7,6 +7,7 @@ result. If it dies, the lease goes to another. What was measured with the same s
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -14,6 +15,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from types import FrameType
 
+from stack.config import UserError
 from stack.evaluate.run import EvaluationConfig, Evaluator, gather, numbers
 from stack.log import say
 from stack.train import snapshot
@@ -54,18 +56,21 @@ class _Stop(Preemption):
             self._interrupts = False
 
 
-def watch(run: Path, asked: EvaluationConfig, overrides: Sequence[str] = ()) -> list[int]:
+def watch(run: Path, asked: EvaluationConfig, overrides: Sequence[str] = (), patience_s: float = math.inf) -> list[int]:
     """Evaluate the snapshots of `run` until it has come to its last step and none is left.
 
     Waits for the run's folder, for snapshots, and for those that others evaluate. Returns the steps of snapshots that
     failed MAX_TRIES times. SIGUSR1, SIGUSR2 or SIGTERM end it by `Stopped`: the lease in hand is released, and what was
-    measured of that snapshot is lost. Raises UserError as `Evaluator` does.
+    measured of that snapshot is lost. Raises UserError as `Evaluator` does, and where the run has shown no sign of life
+    for `patience_s`.
     """
+    began = time.time()
     with _Stop() as stop:
         if not (run / "config.yaml").exists():
             say(f"{run}: waiting for a training to begin here")
         while not (run / "config.yaml").exists():
             stop.check()
+            _lose_patience(run, began, patience_s)
             time.sleep(POLL_S)
         with stop.interrupting():
             evaluator = Evaluator(run, asked, overrides)
@@ -81,7 +86,18 @@ def watch(run: Path, asked: EvaluationConfig, overrides: Sequence[str] = ()) -> 
                     gather(run, evaluator.leases)  # also after one that died between its result and this
                     return steps
                 if not any(_evaluate(evaluator, step, failures, stop) for step in left):
+                    if not left:
+                        _lose_patience(run, began, patience_s)
                     time.sleep(POLL_S)
+
+
+def _lose_patience(run: Path, began: float, patience_s: float) -> None:
+    """UserError where nothing was written by the training for too long; before it begins, since `began`."""
+    signs = [path.stat().st_mtime for path in (run / "metrics.jsonl", run / "config.yaml") if path.exists()]
+    if time.time() - max(signs, default=began) > patience_s:
+        raise UserError(
+            f"{run}: no sign of its training for {patience_s / 3600:g} hours: start both again, or give --patience"
+        )
 
 
 def _evaluate(evaluator: Evaluator, step: int, failures: Counter[int], stop: _Stop) -> bool:

@@ -58,7 +58,8 @@ def batch(tmp_path):
         (bin / name).write_text(text)
         (bin / name).chmod(0o755)
     repository = tmp_path / "repository"
-    shutil.copytree(ROOT / "slurm", repository / "slurm", ignore=shutil.ignore_patterns("*.log"))
+    shutil.copytree(ROOT / "slurm", repository / "slurm", ignore=shutil.ignore_patterns("logs"))
+    (repository / "slurm" / "logs").mkdir()
     (repository / ".venv" / "bin").mkdir(parents=True)
     (repository / ".venv" / "bin" / "activate").touch()
 
@@ -136,6 +137,20 @@ def test_a_failure_is_tried_again(batch):
     done, calls = batch("train_mmdit", ends=[1, 137, 0])
     assert (done.returncode, len(calls)) == (0, 3)
     assert "exit code 137: again (2 of 3)" in done.stdout
+
+
+def test_stops_without_a_save_have_an_end(batch, tmp_path):
+    """This shell is signalled while srun runs, each time."""
+    srun = tmp_path / "bin" / "srun"
+    srun.write_text(srun.read_text().replace("read -r code", "trap '' USR1\nkill -USR1 $PPID\nread -r code"))
+    for life in range(1, 5):
+        done, calls = batch("train_mmdit", ends=[138, 0])
+        assert done.returncode == 138
+        assert sum(call.startswith("scontrol requeue") for call in calls) == min(life, 3)
+    assert "asked to stop 4 times in a row before anything was saved: given up" in done.stdout
+    batch("train_mmdit", ends=[85])  # by hand, and it saves
+    done, _ = batch("train_mmdit", ends=[138, 0])
+    assert "exit code 138: requeued" in done.stdout
 
 
 def test_failures_have_an_end(batch):

@@ -21,13 +21,31 @@ from stack.dist import VARIABLES
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.slurm
 
-SECTIONS = {
-    "parallel": {"engine": "zero", "zero_stage": 2},
-    "schedule": {"steps": 180, "warmup": 5},
-    "checkpoint": {"every": 30},
-    "snapshot": {"every": 180},
-}
+STEPS = 180
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY"}
+
+
+def demo(stage, name: str, *overrides: str) -> list[str]:
+    """Arguments of `mmdit train`: the demo's configuration on this test's data, shorter, in small batches."""
+    return [
+        "configs/train/demo_scenes.yaml",
+        f"run.dir={stage.folder / name}",
+        f"data.path={stage.encoded}",
+        "data.batch_size=8",
+        "data.max_validation=8",
+        f"objective.autoencoder={stage.codec}",
+        *(f"objective.text.{key}={stage.encoders / key}" for key in ("t5", "clip_l", "clip_g")),
+        "objective.text.clip_tokens=true",
+        "objective.model.context_dim=128",
+        "objective.model.pooled_dim=128",
+        "objective.preview.steps=2",
+        f"schedule.steps={STEPS}",
+        "checkpoint.every=30",
+        f"snapshot.every={STEPS}",
+        "log.every=1",
+        "log.wandb=disabled",
+        *overrides,
+    ]
 
 
 def slurm(*command: object) -> str:
@@ -113,16 +131,15 @@ def num_ranks(run: Path, step: int) -> int:
 
 @pytest.fixture(scope="module")
 def undisturbed(stage, history, tmp_path_factory) -> list[tuple]:
-    config = stage.train_config("slurm-undisturbed", **SECTIONS)
-    job = Job(tmp_path_factory.mktemp("undisturbed"), "train_mmdit", config)
+    job = Job(tmp_path_factory.mktemp("undisturbed"), "train_mmdit", *demo(stage, "slurm-undisturbed"))
     shown = job.completed()
     job.clear()
     assert shown["Restarts"] == "0"
     assert shown["NodeList"] == "n[1-2]"
     run = stage.folder / "slurm-undisturbed"
-    assert num_ranks(run, 180) == 2
+    assert num_ranks(run, STEPS) == 2
     found = history(run)
-    assert {line[0] for line in found} == set(range(1, 181))
+    assert {line[0] for line in found} == set(range(1, STEPS + 1))
     return found
 
 
@@ -159,8 +176,7 @@ def test_a_disturbed_job_ends_with_the_same_losses(stage, submit, history, undis
     """Whatever comes, one after the other; between two disturbances stands a checkpoint. In the partition whose nodes
     and jobs can go without disturbing other tests."""
     run = stage.folder / "slurm-disturbed"
-    config = stage.train_config("slurm-disturbed", **SECTIONS)
-    job = submit("train_mmdit", config, options=("--nodes=2", "--partition=low"))
+    job = submit("train_mmdit", *demo(stage, "slurm-disturbed"), options=("--nodes=2", "--partition=low"))
     course = ((15, signalled, 1), (40, killed, 1), (65, requeued, 2), (90, preempted, 3), (130, lost, 4))
     for step, disturb, restarts in course:
         job.at_step(run, step)
@@ -179,8 +195,7 @@ def test_a_disturbed_job_ends_with_the_same_losses(stage, submit, history, undis
 def test_a_job_goes_on_over_time_limits(stage, submit, history, undisturbed):
     """Rank 1 stands still from step 45 on until the limit of one minute is near, so that it comes in mid-run."""
     run = stage.folder / "slurm-limit"
-    config = stage.train_config("slurm-limit", **SECTIONS)
-    job = submit("train_mmdit", config, options=("--nodes=2", "--time=1", "--signal=B:USR1@5"))
+    job = submit("train_mmdit", *demo(stage, "slurm-limit"), options=("--nodes=2", "--time=1", "--signal=B:USR1@5"))
     job.at_step(run, 45)
     asked = job.log.read_text().count("asked to stop")
     rank = job.rank(1)
@@ -194,7 +209,7 @@ def test_a_job_goes_on_over_time_limits(stage, submit, history, undisturbed):
 
 def test_a_cancelled_job_stays_cancelled(stage, submit):
     run = stage.folder / "slurm-cancelled"
-    job = submit("train_mmdit", stage.train_config("slurm-cancelled", **SECTIONS))
+    job = submit("train_mmdit", *demo(stage, "slurm-cancelled"))
     job.at_step(run, 5)
     slurm("scancel", job.id)
     job.until("the end of its script", lambda: "asked to stop" in job.log.read_text())
@@ -205,7 +220,7 @@ def test_a_cancelled_job_stays_cancelled(stage, submit):
 
 
 def test_a_configuration_that_is_wrong_stops_at_once(stage, submit):
-    job = submit("train_mmdit", stage.train_config("slurm-wrong", optim={"learning_rate": 1e-3}))
+    job = submit("train_mmdit", *demo(stage, "slurm-wrong", "optim.learning_rate=1e-3"))
     shown = job.ended()
     assert (shown["JobState"], shown["ExitCode"], shown["Restarts"]) == ("FAILED", "2:0", "0")
     assert job.starts() == 1
@@ -214,9 +229,9 @@ def test_a_configuration_that_is_wrong_stops_at_once(stage, submit):
 
 def test_an_evaluator_runs_beside_the_trainer(stage, submit):
     run = stage.folder / "slurm-evaluated"
-    sections = {"schedule": {"steps": 60}, "snapshot": {"every": 30}}
+    overrides = ("schedule.steps=60", "snapshot.every=30")
     evaluator = submit("evaluate", run, "--batch-size", 8, options=("--nodes=1",))
-    trainer = submit("train_mmdit", stage.train_config("slurm-evaluated", **{**SECTIONS, **sections}))
+    trainer = submit("train_mmdit", *demo(stage, "slurm-evaluated", *overrides))
     trainer.completed()
     evaluator.completed()
     lines = [json.loads(line) for line in (run / "eval.jsonl").read_text().splitlines()]

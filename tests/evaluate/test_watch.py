@@ -140,6 +140,18 @@ def test_waiting_ends_with_a_signal_too(tmp_path):
     assert ended(process)[0] == 85
 
 
+def test_patience_has_an_end(run, mmdit, tmp_path):
+    done = mmdit("evaluate", tmp_path / "never", "--watch", "--patience", 0.0001)
+    assert done.returncode == 2
+    assert "never: no sign of its training for 0.0001 hours" in done.stderr
+    (run / "snapshots" / "00000004.safetensors").unlink()
+    shutil.rmtree(run / "checkpoints")  # as of a training that died
+    done = mmdit("evaluate", run, "--watch", "--patience", 0.0001)
+    assert done.returncode == 2
+    assert "no sign of its training" in done.stderr
+    assert listed(run) == STEPS[:3]
+
+
 def test_evaluator_and_trainer_at_once_in_one_wandb_run(stage, tmp_path):
     """The evaluator comes first, sees a trainer die and another one finish, and logs to the trainer's wandb run."""
     run = tmp_path / "run"
