@@ -102,9 +102,11 @@ class FlowConfig(Config):
         c = self.path.at(t_B).like(like)
         return 1 / (self.sigma_data**2 + c.b**2).sqrt() if self.path.explodes else torch.ones_like(c.b)
 
-    def velocity_fn(self, network: NetworkFn) -> NetworkFn:
-        """dx/dt of the probability-flow ODE, a'·x̂_0 + b'·ε̂ (Score SDE, arXiv 2011.13456, eq. 13)."""
-        predict = self.predictor(network)
+    def velocity_fn(self, predict: NetworkFn) -> NetworkFn:
+        """dx/dt of the probability-flow ODE, a'·x̂_0 + b'·ε̂ (Score SDE, arXiv 2011.13456, eq. 13).
+
+        predict: says the prediction itself, as `predictor` makes it of a network, guided or not.
+        """
         if self.prediction == "velocity":
             return predict
 
@@ -115,9 +117,8 @@ class FlowConfig(Config):
 
         return velocity
 
-    def estimate_fn(self, network: NetworkFn) -> Callable[[Tensor, Tensor], Estimate]:
-        """The data and noise that the network sees in x."""
-        predict = self.predictor(network)
+    def estimate_fn(self, predict: NetworkFn) -> Callable[[Tensor, Tensor], Estimate]:
+        """The data and noise that `predict` (as in `velocity_fn`) sees in x."""
         return lambda x, t_B: estimate(self.prediction, self.path, predict(x, t_B), x, t_B, self.sigma_data)
 
     @property
