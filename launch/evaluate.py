@@ -7,6 +7,8 @@ from pathlib import Path
 
 import click
 
+from launch.sampling import options
+
 
 @click.command("evaluate")
 @click.argument("run", type=click.Path(path_type=Path))
@@ -28,11 +30,7 @@ import click
 @click.option(
     "--clip", type=click.Path(path_type=Path), help="Folder of an open_clip model: CLIP score of the samples."
 )
-@click.option(
-    "--steps", type=int, help="Solver steps; as in the run's own sample grids if not given, like the next two."
-)
-@click.option("--guidance", type=float, help="Classifier-free guidance; 1 is none.")
-@click.option("--shift", type=float, help="Resolution shift of the time grid.")
+@options
 @click.option("--seed", default=0, show_default=True)
 @click.option("--batch-size", type=click.IntRange(min=1), default=64, show_default=True)
 def command(
@@ -41,9 +39,6 @@ def command(
     step: int | None,
     watch: bool,
     patience: float,
-    steps: int | None,
-    guidance: float | None,
-    shift: float | None,
     **asked: object,
 ) -> None:
     """Validation loss of RUN at t = i/8 on fixed noise and, if asked for, FID, KID and CLIP score of samples and the
@@ -55,8 +50,6 @@ def command(
     With --watch, RUN need not exist yet. Start it several times on a shared folder to share the work. Exit code 85:
     stopped by a signal; the same command goes on. Exit code 1: a snapshot could not be evaluated.
     """
-    given = {"steps": steps, "guidance": guidance, "shift": shift}
-    asked["sampling"] = {key: value for key, value in given.items() if value is not None}
     if watch:
         _watch(run, step, asked, overrides, patience)
         return

@@ -16,13 +16,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
+from pydantic import NonNegativeInt, PositiveInt, field_validator, model_validator
 
 from autoencoders.codec import Codec
 from stack import config as configuration
 from stack import dist
 from stack.claims import Claims
-from stack.config import Config, UserError, validate
+from stack.config import Config, UserError
 from stack.data.dataset import LatentDataset
 from stack.data.synthetic import evaluation_prompts, prompt
 from stack.evaluate import metrics
@@ -57,8 +57,8 @@ class EvaluationConfig(Config):
     """Folder of images that they are compared with; else the held-out images, decoded from their latents."""
     clip: Path | None = None
     """Folder of a CLIP as open_clip saves it: CLIP score of the samples."""
-    sampling: dict[str, Any] = Field(default={})
-    """Keys of SamplerConfig that win over those of the run's own sample grids."""
+    sampling: tuple[str, ...] = ()
+    """Dotted overrides of the SamplerConfig of the run's own sample grids: steps=10, guidance.scale=2."""
     seed: NonNegativeInt = 0
     batch_size: PositiveInt = 64
 
@@ -86,7 +86,7 @@ class Evaluator:
     def __init__(self, run: Path, asked: EvaluationConfig, overrides: Sequence[str] = ()):
         if not (run / "config.yaml").exists():
             raise UserError(f"{run}: no config.yaml; not a run folder")
-        validate(SamplerConfig, asked.sampling, "options")
+        configuration.load(SamplerConfig, {}, asked.sampling)
         self.run, self.leases = run, snapshot.leases(run)
         self._asked, self._device = asked, dist.device()
         self._settings = asked.model_dump(mode="json", exclude={"batch_size"})
@@ -156,10 +156,9 @@ class Evaluator:
         if isinstance(self._objective, TextToImage):
             result["val_loss_at_t"] = metrics.by_timestep(loss_N)
         if self._asked.scenes or self._asked.samples:
-            values = {**snap.metadata["sampling"], **self._asked.sampling}
-            del values["size"]
-            config = validate(SamplerConfig, values, "options")
-            sampler = Sampler(network, self._codec, self._text.pad)  # type: ignore[arg-type]
+            values = {key: value for key, value in snap.metadata["sampling"].items() if key != "size"}
+            config = configuration.load(SamplerConfig, values, self._asked.sampling)
+            sampler = Sampler(network, self._codec, self._text.pad, self._trained.objective)  # type: ignore[arg-type]
             result |= self._samples(step, sampler, config) if self._asked.samples else {}
             result |= self._scenes(step, sampler, config) if self._asked.scenes else {}
             result["sampling"] = config.model_dump()

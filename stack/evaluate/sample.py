@@ -10,6 +10,7 @@ import torch
 
 from autoencoders.codec import Codec
 from stack.config import UserError
+from stack.flow.process import FlowConfig
 from stack.models.mmdit import MMDiT, MMDiTConfig
 from stack.text.conditioning import EncodedText
 from stack.text.encoders import TextEncoders
@@ -19,9 +20,11 @@ from stack.train.text_to_image import check_encoders
 
 
 def load_sampler(
-    run: Path, device: torch.device, step: int | None = None
+    run: Path, device: torch.device, step: int | None = None, weak_step: int | None = None
 ) -> tuple[Sampler, TextEncoders, snapshot.Snapshot]:
     """The averaged network of snapshot `step` (default: the newest) with the encoders and codec it was trained on.
+
+    weak_step: the snapshot that autoguidance leads away from.
 
     Raises UserError where an encoder is not the one of the training.
     """
@@ -29,11 +32,17 @@ def load_sampler(
     if snap.metadata["kind"] != "text_to_image":
         raise UserError(f"{run}: a run of kind {snap.metadata['kind']!r} does not draw images from prompts")
     text = check_encoders(snap)
-    network = MMDiT(MMDiTConfig(**snap.metadata["model"]))
-    network.load_state_dict(snap.weights)
-    network = network.to(device).eval()
+
+    def averaged(of: snapshot.Snapshot) -> MMDiT:
+        network = MMDiT(MMDiTConfig(**of.metadata["model"]))
+        network.load_state_dict(of.weights)
+        return network.to(device).eval()
+
+    network = averaged(snap)
+    weak = None if weak_step is None else averaged(snapshot.read(run, weak_step))
     codec = Codec.load(snap.metadata["autoencoder"]).to(device)
-    return Sampler(network, codec, text.pad), TextEncoders(text, device), snap
+    flow = FlowConfig(**snap.metadata["flow"])
+    return Sampler(network, codec, text.pad, flow, weak), TextEncoders(text, device), snap
 
 
 def draw(

@@ -21,6 +21,7 @@ from stack.export import diffusers, single
 from stack.export.card import Subject
 from stack.files import publish
 from stack.flow.noise import NoisePlan
+from stack.flow.process import FlowConfig
 from stack.models.mmdit import MMDiT, MMDiTConfig
 from stack.train import autoencoder, snapshot
 from stack.train.autoencoder import AutoencoderConfig
@@ -108,7 +109,13 @@ def _stack(snap: snapshot.Snapshot, out: Path, dtype: torch.dtype) -> None:
 
 
 def _subject(run: Path, snap: snapshot.Snapshot) -> Subject:
-    """UserError where an encoder is not the one of the training."""
+    """UserError where an encoder is not the one of the training, or the objective not that of SD3 and FLUX."""
+    flow = FlowConfig(**snap.metadata["flow"])
+    if (flow.path.kind, flow.prediction) != ("linear", "velocity"):
+        raise UserError(
+            f"{run}: trained on path {flow.path.kind} with prediction {flow.prediction}, which no reader of SD3 or FLUX "
+            "expects: export with --to stack"
+        )
     with torch.device("meta"):
         network = MMDiT(MMDiTConfig(**snap.metadata["model"]))
     network.load_state_dict(snap.weights, assign=True)

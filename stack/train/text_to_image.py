@@ -182,7 +182,7 @@ class TextToImage:
         preview = self._config.preview
         if self._sampler is None:
             codec = Codec.load(self._config.autoencoder).to(self._device)
-            self._sampler = Sampler(network, codec, self._config.text.pad)
+            self._sampler = Sampler(network, codec, self._config.text.pad, self._config)
             self._texts = TextEncoders(self._config.text, self._device).encode(preview.prompts)
         self._sampler.network = network
         images = self._sampler.sample(self._texts, preview.size, preview, range(len(preview.prompts)), preview.seed)
