@@ -11,15 +11,17 @@ from typing import Any, Literal
 
 import torch
 from PIL.Image import Image
-from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import NonNegativeInt, PositiveInt
 from torch import Tensor, nn
 
 from autoencoders.codec import to_uint8
-from stack.config import Config, UserError, validate
+from stack.config import UserError, validate
 from stack.data.dataset import ImageBatch, ImageDataset
-from stack.flow import guidance, solvers
+from stack.flow import guidance
+from stack.flow.draw import SolverConfig, draw
 from stack.flow.noise import Draws, NoisePlan
 from stack.flow.process import Example, FlowConfig
+from stack.flow.samplers import NoiseFn
 from stack.models import labelled
 from stack.models.labelled import LabelNetwork, NetworkConfig
 from stack.train import snapshot
@@ -28,13 +30,11 @@ from stack.train.pictures import contact_sheet
 from stack.train.text_to_image import VALIDATION_LEVELS, Probability
 
 
-class PreviewConfig(Config):
+class PreviewConfig(SolverConfig):
     count: PositiveInt = 40
     """Samples on the sheet, whose labels take turns."""
-    steps: PositiveInt = 20
     guidance: float = 1.0
     """Classifier-free guidance γ; 1 is none."""
-    shift: PositiveFloat = 1.0
     seed: int = 0
 
 
@@ -90,19 +90,23 @@ class ClassToImage:
 
     def preview(self, network: nn.Module) -> Image:
         """Samples, a column a class as far as there is room; of paired data each under the image it begins with."""
-        config, number = self._config, self._config.preview.count
-        columns = min(config.classes or 8, 10)
-        width, height = self._sides[0]
-        if self._shown is not None and self._shown.paired_BCHW is not None:
-            start_BCHW, label_B = self._shown.paired_BCHW.to(self._device), self._label_B(self._shown).to(self._device)
-        else:
-            draws = NoisePlan(config.preview.seed).at(0, range(number))
-            start_BCHW = draws.normal("noise", (self._channels, height, width)).to(self._device)
-            label_B = torch.arange(number, device=self._device) % max(config.classes, 1)
-        image_BCHW = sample(network, config, start_BCHW, label_B, config.preview)
+        config, (width, height) = self._config, self._sides[0]
         if self._shown is not None:
-            columns = min(len(start_BCHW), 8)
-            rows = zip(start_BCHW.split(columns), image_BCHW.split(columns), strict=True)
+            starts, label_B = self._shown.paired_BCHW, self._label_B(self._shown)
+        else:
+            starts, label_B = None, torch.arange(config.preview.count) % max(config.classes, 1)
+        shape = (self._channels, height, width) if starts is None else tuple(starts.shape[1:])
+        draws = NoisePlan(config.preview.seed).at(0, range(len(label_B)))
+
+        def noise(stream: str) -> Tensor:
+            drawn = starts if stream == "noise" and starts is not None else draws.normal(stream, shape)
+            return drawn.to(self._device)
+
+        image_BCHW = sample(network, config, label_B.to(self._device), noise, config.preview)
+        columns = min(config.classes or 8, 10)
+        if starts is not None:
+            columns = min(len(starts), 8)
+            rows = zip(starts.split(columns), image_BCHW.cpu().split(columns), strict=True)
             image_BCHW = torch.cat([half for row in rows for half in row])
         pixels = to_uint8(image_BCHW.float().clamp(-1, 1).expand(-1, 3, -1, -1))
         return contact_sheet(list(pixels.numpy()), columns=columns, cell=64)
@@ -128,7 +132,8 @@ def _paired(config: ClassToImageConfig) -> bool:
 
 
 def _check(config: ClassToImageConfig, data: ImageDataset) -> None:
-    """UserError where the objective and its data do not go together."""
+    """UserError where the objective, its data and its preview do not go together."""
+    config.preview.check(config)
     if config.classes and not data.has_labels:
         raise UserError(
             f"objective.classes={config.classes} needs labels: name the key of KEY.json that holds them in data.label"
@@ -143,9 +148,13 @@ def _check(config: ClassToImageConfig, data: ImageDataset) -> None:
 
 
 def sample(
-    network: nn.Module, config: ClassToImageConfig, start_BCHW: Tensor, label_B: Tensor, how: PreviewConfig
+    network: nn.Module, config: ClassToImageConfig, label_B: Tensor, noise: NoiseFn, how: PreviewConfig
 ) -> Tensor:
-    """Images of the labels, [B, C, H, W] in about −1…1, from standard normal noise (or the second images of pairs)."""
+    """Images of the labels, [B, C, H, W] in about −1…1.
+
+    noise: as of `stack.flow.draw.draw`, of the images' shape; its stream "noise" is what sampling starts from, and of
+    paired data the second images.
+    """
     none_B = torch.full_like(label_B, config.classes)
 
     def network_fn(x_BCHW: Tensor, t_B: Tensor) -> Tensor:
@@ -155,8 +164,7 @@ def sample(
         without, with_label = both.chunk(2)
         return guidance.guided(without, with_label, how.guidance)
 
-    grid = config.grid(how.steps, how.shift)
-    return solvers.euler(config.velocity_fn(network_fn), config.start(start_BCHW, float(grid[0])), grid)
+    return draw(config, config.predictor(network_fn), noise, how)
 
 
 def load(run: Path, device: torch.device, step: int | None = None) -> tuple[LabelNetwork, ClassToImageConfig]:

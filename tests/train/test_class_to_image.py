@@ -14,6 +14,7 @@ from stack import config as configuration
 from stack.config import UserError
 from stack.data.dataset import ImageBatch, ImageData, ImageDataset
 from stack.flow.noise import NoisePlan
+from stack.flow.samplers import NoiseFn
 from stack.train import snapshot
 from stack.train.class_to_image import ClassToImage, ClassToImageConfig, PreviewConfig, load, sample
 from stack.train.recipe import TrainConfig
@@ -36,6 +37,10 @@ def objective(dataset):
         return ClassToImage(config, dataset(**(data or {})), 0, CPU)
 
     return build
+
+
+def normal(count: int) -> NoiseFn:
+    return lambda stream: NoisePlan(1).at(0, range(count)).normal(stream, (1, 8, 8))
 
 
 class Recorder(torch.nn.Module):
@@ -115,22 +120,22 @@ def test_every_objective_has_a_gradient_and_a_sheet(objective, dataset, path, pr
     assert all(torch.isfinite(g).all() for g in gradients)
     assert any(g.any() for g in gradients)
     with torch.inference_mode():
-        image = sample(made.network, made._config, torch.randn(2, 1, 8, 8), torch.arange(2), PreviewConfig(steps=3))
+        image = sample(made.network, made._config, torch.arange(2), normal(2), PreviewConfig(steps=3))
         assert torch.isfinite(image).all()
         assert made.preview(made.network).size[0] > 64
 
 
 def test_guidance_is_of_the_label_against_none(objective):
-    made, start = objective(), torch.randn(2, 1, 8, 8)
+    made = objective()
 
     class Labels(torch.nn.Module):
         def forward(self, x, t, label):
             return torch.ones_like(x) * label.reshape(-1, 1, 1, 1)
 
     for scale in (1.0, 3.0):
-        end = sample(Labels(), made._config, start, torch.tensor([0, 1]), PreviewConfig(steps=4, guidance=scale))
+        end = sample(Labels(), made._config, torch.arange(2), normal(2), PreviewConfig(steps=4, guidance=scale))
         velocity = torch.tensor([2 + scale * (0 - 2), 2 + scale * (1 - 2)]).reshape(-1, 1, 1, 1)
-        assert torch.allclose(end, start - velocity, atol=1e-5)
+        assert torch.allclose(end, normal(2)("noise") - velocity, atol=1e-5)
 
 
 def test_pairs_begin_with_their_second_image(objective, dataset, labelled):
@@ -150,6 +155,7 @@ def test_pairs_begin_with_their_second_image(objective, dataset, labelled):
     ("data", "keys", "message"),
     [
         ({"label": None}, {}, r"objective\.classes=2 needs labels: .* data\.label"),
+        ({}, {"preview": {"solver": "langevin"}}, r"langevin wants path\.kind ve or edm"),
         ({}, {"coupling": {"kind": "paired"}}, "give both or neither"),
         ({"paired": "paired"}, {}, "give both or neither"),
         ({"paired": "paired"}, {"coupling": {"kind": "paired"}, "path": {"kind": "vp"}}, "takes it for normal"),
@@ -192,8 +198,8 @@ def test_a_training_learns_the_classes_and_its_snapshot_draws_them(recipe, tmp_p
     assert done.returncode == 0, done.stderr
     network, config = load(run, CPU)
     with torch.inference_mode():
-        start, label_B = NoisePlan(1).at(0, range(16)).normal("noise", (1, 8, 8)), torch.arange(16) % 2
-        image = sample(network, config, start, label_B, PreviewConfig(steps=20))
+        label_B = torch.arange(16) % 2
+        image = sample(network, config, label_B, normal(16), PreviewConfig(solver="heun"))
     means = image.mean((1, 2, 3))
     assert means[label_B == 0].max() < 0 < means[label_B == 1].min()
     assert (run / "samples" / "00000120.png").exists()
