@@ -17,6 +17,8 @@ from stack.parallel.ema import EmaConfig
 from stack.parallel.engine import OptimConfig, ParallelConfig
 from stack.train.autoencoder import AutoencoderConfig, AutoencoderObjective
 from stack.train.checkpoint import CheckpointConfig
+from stack.train.class_to_image import ClassToImage, ClassToImageConfig
+from stack.train.classifier import Classifier, ClassifierConfig
 from stack.train.objective import Objective
 from stack.train.schedule import ScheduleConfig
 from stack.train.snapshot import SnapshotConfig
@@ -37,7 +39,9 @@ class RunConfig(Config):
 class TrainConfig(Config):
     run: RunConfig
     data: Annotated[LatentData | ImageData, Field(discriminator="kind")]
-    objective: Annotated[TextToImageConfig | AutoencoderConfig, Field(discriminator="kind")]
+    objective: Annotated[
+        TextToImageConfig | ClassToImageConfig | ClassifierConfig | AutoencoderConfig, Field(discriminator="kind")
+    ]
     init: dict[Literal["from"], Path] = Field(default={})
     """from: weights to begin with, in any format that `stack.models.convert.load` reads; else drawn from run.seed."""
     compute: ComputeConfig = ComputeConfig()
@@ -63,10 +67,14 @@ def build(
         latents = LatentDataset(data, seed)
         init = config.init.get("from") if begin else None
         return latents, TextToImage(objective, latents, seed, device, config.compute, init)
-    if isinstance(data, ImageData) and isinstance(objective, AutoencoderConfig):
+    if isinstance(data, ImageData) and not isinstance(objective, TextToImageConfig):
         for key, value in (("init", config.init), ("compute", config.compute)):
             if value != TrainConfig.model_fields[key].default:
                 raise UserError(f"{key} is for an MM-DiT: objective.kind={objective.kind} has no use for it")
-        images = ImageDataset(data, seed, rejected)
-        return images, AutoencoderObjective(objective, images, seed, device)
+        images = ImageDataset(data, seed, rejected, getattr(objective, "classes", None) or None)
+        if isinstance(objective, AutoencoderConfig):
+            return images, AutoencoderObjective(objective, images, seed, device)
+        if isinstance(objective, ClassifierConfig):
+            return images, Classifier(objective, images, seed, device)
+        return images, ClassToImage(objective, images, seed, device)
     raise UserError(f"objective.kind={objective.kind} does not train on data.kind={data.kind}")
