@@ -119,8 +119,7 @@ def dopri5(
         t = torch.where(accepted, torch.where(ends, last, t + h), t)
         taken = per_sample(accepted, x).bool()
         x, v = torch.where(taken, x_next, x), torch.where(taken, k[-1], v)
-        factor = 0.9 * size**-0.2
-        h = h * torch.where(accepted, factor.clamp(min=1), factor).clamp(0.2, 10)
+        h = h * (0.9 * size**-0.2).clamp(0.2, 10)
     if keep is not None:
         keep += [*kept, x]
     return x
