@@ -28,7 +28,7 @@ import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat, model_validator
 from torch import Tensor
 
-from stack.config import Config
+from stack.config import Config, UserError
 from stack.flow.path import Coefficients, per_sample
 from stack.flow.prediction import Prediction, convert, estimate, target_weights
 from stack.flow.process import FlowConfig, NetworkFn
@@ -149,7 +149,7 @@ class Guided:
     one evaluation a step does what the paper does, RK4 counts its middle as a step, and after a step that an adaptive
     solver takes back there is no memory. One object serves one batch after another of the same samples, not several.
 
-    Raises ValueError where a scale is given and what it scales is not; when called, where a = 0 (no data in x_t, as at
+    Raises UserError where a scale is given and what it scales is not; when called, where a = 0 (no data in x_t, as at
     t = 1 of the linear path) under classifier guidance, and where b = 0 (nothing but data) with momentum.
     """
 
@@ -167,7 +167,7 @@ class Guided:
             ("classifier", config.classifier != 0 and gradient is None, "a classifier"),
         ):
             if scales:
-                raise ValueError(f"guidance.{key} {getattr(config, key)} needs {thing}")
+                raise UserError(f"guidance.{key} {getattr(config, key)} needs {thing}")
         self._config = config
         self._flow = flow
         self._branches = branches
@@ -220,7 +220,7 @@ class Guided:
         data_per = -c.b / determinant  # how far the data moves with the prediction, at fixed x_t
         if self._momentum is not None:
             if bool(((c.b == 0) & inside).any()):
-                raise ValueError("guidance.apg.momentum moves data that is known where b = 0: let interval begin later")
+                raise UserError("guidance.apg.momentum moves data that is known where b = 0: let interval begin later")
             difference = self._momentum(data_per * difference, _wide(t_B, x), inside) / data_per
         if apg.norm_threshold is not None:
             norm = (data_per * difference).flatten(1).norm(dim=1)
@@ -232,7 +232,7 @@ class Guided:
         """How far the prediction moves with the score, ε = −b·s, at fixed x_t; [B, 1, …, 1]."""
         c, determinant = self._at(x, t_B)
         if bool(((c.a == 0) & inside).any()):
-            raise ValueError(
+            raise UserError(
                 "guidance.classifier has nothing to look at where a = 0, as there is no data in x_t: "
                 "let guidance.interval end below that time"
             )
