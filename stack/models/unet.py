@@ -1,14 +1,17 @@
 """The U-Net of latent diffusion (arXiv 2112.10752), which Stable Diffusion 1 and 2 are, through diffusers' class.
 
-B batch · C channels · H W height, width · D width of the context
+B batch · C channels · H W height, width · L tokens of the longest context, T of all · D width
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
+import torch
 from pydantic import PositiveInt, model_validator
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from stack.config import Config
 from stack.nn.embed import TIMESTEP_SCALE
@@ -51,30 +54,55 @@ class UNet(nn.Module):
     """
 
     def __init__(self, config: UNetConfig, channels: int, num_classes: int) -> None:
-        from diffusers import UNet2DConditionModel
-
         super().__init__()
         self.config = config
         self.label_in = nn.Embedding(num_classes + 1, config.context_dim)
-        down = ["CrossAttnDownBlock2D" if attends else "DownBlock2D" for attends in config.attention]
-        up = ["CrossAttnUpBlock2D" if attends else "UpBlock2D" for attends in reversed(config.attention)]
-        unet: Any = UNet2DConditionModel(
-            in_channels=channels,
-            out_channels=channels,
-            down_block_types=tuple(down),
-            up_block_types=tuple(up),
-            block_out_channels=config.block_out_channels,
-            layers_per_block=config.layers_per_block,
-            attention_head_dim=config.num_heads,  # diffusers' name for it
-            cross_attention_dim=config.context_dim,
-            norm_num_groups=config.norm_groups,
-        )
-        self.unet = unet
         nn.init.normal_(self.label_in.weight, std=0.02)
-        for parameter in unet.conv_out.parameters():
-            nn.init.zeros_(parameter)
+        self.unet = _denoiser(config, channels)
 
     def forward(self, x_BCHW: Tensor, t_B: Tensor, label_B: Tensor) -> Tensor:
         dtype = self.label_in.weight.dtype
         context_BLD = self.label_in(label_B)[:, None]
         return self.unet(x_BCHW.to(dtype), TIMESTEP_SCALE * t_B.float(), context_BLD, return_dict=False)[0]
+
+
+class TextUNet(nn.Module):
+    """Called as an MM-DiT is, (latent, t, context, lengths, …) → [B, C, H, W]: each sample's text is its context.
+
+    Pooled text and embedded guidance are not used: Stable Diffusion 1 and 2 have neither.
+    """
+
+    def __init__(self, config: UNetConfig, channels: int) -> None:
+        super().__init__()
+        self.config = config
+        self.unet = _denoiser(config, channels)
+
+    def forward(
+        self, latent_BCHW: Tensor, t_B: Tensor, context_TD: Tensor, lengths: Sequence[int], *_: Tensor | None
+    ) -> Tensor:
+        dtype = self.unet.conv_in.weight.dtype
+        context_BLD = pad_sequence(context_TD.to(dtype).split(list(lengths)), batch_first=True)
+        length_B = torch.tensor(lengths, device=context_TD.device)
+        mask_BL = torch.arange(context_BLD.shape[1], device=context_TD.device) < length_B[:, None]
+        x_BCHW, t_B = latent_BCHW.to(dtype), TIMESTEP_SCALE * t_B.float()
+        return self.unet(x_BCHW, t_B, context_BLD, encoder_attention_mask=mask_BL, return_dict=False)[0]
+
+
+def _denoiser(config: UNetConfig, channels: int) -> Any:
+    """Stable Diffusion's network, but for its sizes."""
+    from diffusers import UNet2DConditionModel
+
+    unet: Any = UNet2DConditionModel(
+        in_channels=channels,
+        out_channels=channels,
+        down_block_types=tuple("CrossAttnDownBlock2D" if attends else "DownBlock2D" for attends in config.attention),
+        up_block_types=tuple("CrossAttnUpBlock2D" if attends else "UpBlock2D" for attends in config.attention[::-1]),
+        block_out_channels=config.block_out_channels,
+        layers_per_block=config.layers_per_block,
+        attention_head_dim=config.num_heads,  # diffusers' name for it
+        cross_attention_dim=config.context_dim,
+        norm_num_groups=config.norm_groups,
+    )
+    for parameter in unet.conv_out.parameters():
+        nn.init.zeros_(parameter)
+    return unet

@@ -48,7 +48,8 @@ def dataset(source: object, rejected: RejectLog | None = None, num_classes: int 
 
 
 def first(data: ImageDataset):
-    return next(iter(data.loader(0, 1, 0, 1, 1)))
+    (batch,) = data.loader(0, 1, 0, 1, 1)
+    return batch
 
 
 def test_every_digit_has_its_pixels_and_its_label(digits):

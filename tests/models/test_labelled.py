@@ -11,7 +11,7 @@ from stack.config import UserError
 from stack.models.classifier import ClassifierNetworkConfig, NoisyClassifier
 from stack.models.dit import DiT, DiTConfig
 from stack.models.labelled import LabelNetwork, build
-from stack.models.unet import UNet, UNetConfig
+from stack.models.unet import TextUNet, UNet, UNetConfig
 
 DIT = DiTConfig(depth=2, width=32, num_heads=2)
 UNET = UNetConfig(block_out_channels=(8, 16), attention=(False, True), layers_per_block=1, num_heads=2, context_dim=16,
@@ -148,6 +148,21 @@ def test_a_unet_takes_any_sides():
         assert made(torch.zeros(1, 3, height, width), torch.zeros(1), torch.zeros(1, dtype=torch.long)).shape == (
             1, 3, height, width,
         )  # fmt: skip
+
+
+def test_a_unet_reads_each_samples_own_text_and_no_padding():
+    made = filled(TextUNet(UNET, 4)).double()
+    generator = torch.Generator().manual_seed(0)
+    latent, context = (torch.randn(*shape, generator=generator).double() for shape in ((3, 4, 8, 8), (9, 16)))
+    t, lengths = torch.tensor([0.2, 0.5, 0.8]), [2, 6, 1]
+    y = made(latent, t, context, lengths, None, None)
+    for i, own in enumerate(context.split(lengths)):
+        alone = made(latent[i : i + 1], t[i : i + 1], own, [lengths[i]], None, None)
+        assert torch.allclose(y[i : i + 1], alone, atol=1e-10)
+    other = torch.cat([context[:2], context[2:8].flip(1), context[8:]])
+    changed = (made(latent, t, other, lengths, None, None) - y).flatten(1).abs().amax(1)
+    assert changed[1] > 1e-3
+    assert changed[[0, 2]].max() < 1e-10
 
 
 def test_a_new_classifier_knows_nothing_and_a_gradient_leads_on():
