@@ -14,9 +14,7 @@ KEYS = {"steps": "steps", "solver": "solver", "guidance": "guidance.scale", "shi
 def options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Adds them to a command, which gets what was given as `sampling`: dotted overrides."""
 
-    @click.option(
-        "--steps", type=int, help="Solver steps; as in the run's sample grids if not given, like the next."
-    )
+    @click.option("--steps", type=int, help="Solver steps; as in the run's sample grids if not given, like the next.")
     @click.option("--solver", help="euler, heun, dpm_solver_pp_2m, ddim, …")
     @click.option("--guidance", type=float, help="Scale of classifier-free guidance; 1 is none.")
     @click.option("--shift", type=float, help="Resolution shift of the time grid.")

@@ -113,8 +113,8 @@ def _subject(run: Path, snap: snapshot.Snapshot) -> Subject:
     flow = FlowConfig(**snap.metadata["flow"])
     if (flow.path.kind, flow.prediction) != ("linear", "velocity"):
         raise UserError(
-            f"{run}: trained on path {flow.path.kind} with prediction {flow.prediction}, which no reader of SD3 or FLUX "
-            "expects: export with --to stack"
+            f"{run}: trained on path {flow.path.kind} with prediction {flow.prediction}, which no reader of SD3 or "
+            "FLUX expects: export with --to stack"
         )
     with torch.device("meta"):
         network = MMDiT(MMDiTConfig(**snap.metadata["model"]))

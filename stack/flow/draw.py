@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt, field_validator
 from torch import Tensor
 
 from stack.config import Config, UserError
 from stack.flow import samplers, solvers
+from stack.flow.guidance import GuidanceConfig
 from stack.flow.process import MARGIN, FlowConfig, NetworkFn
 from stack.flow.samplers import NoiseFn
 
@@ -43,6 +44,18 @@ class SolverConfig(Config):
                 f"solver langevin wants path.kind ve or edm, got {flow.path.kind}: it starts each level at the sample "
                 "of the one before, which a path that scales the data would have moved"
             )
+
+
+class GuidedConfig(SolverConfig):
+    """A solver and what guides it."""
+
+    guidance: GuidanceConfig = GuidanceConfig()
+    """A number is the scale of classifier-free guidance: γ in v∅ + γ·(v_y − v∅); 1 is no guidance."""
+
+    @field_validator("guidance", mode="before")
+    @classmethod
+    def _scale_alone(cls, given: Any) -> Any:
+        return {"scale": given} if isinstance(given, int | float) else given
 
 
 def draw(

@@ -119,7 +119,7 @@ def branches(
     network: Callable[[Tensor, Tensor, C], Tensor],
     condition: C,
     null: C,
-    cat: Callable[[Sequence[C]], C],
+    cat: Callable[[list[C]], C],
 ) -> Branches:
     """One network under a condition and without, both in one call of twice the batch.
 

@@ -13,7 +13,7 @@ Shapes: x, x_0, ε, outputs are [B, …]; t_B holds one time a sample.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -32,6 +32,9 @@ NetworkFn = Callable[[Tensor, Tensor], Tensor]
 
 MARGIN = 1e-3
 """How far sampling stays from an end of the path at which a prediction says nothing of the data, or of the noise."""
+
+
+VALIDATION_LEVELS = 8
 
 
 class WeightConfig(Config):
@@ -75,6 +78,13 @@ class FlowConfig(Config):
     def times(self, draws: Draws, batch_size: int) -> Tensor:
         """The times at which to train the samples of `draws`, of a global batch of `batch_size`; float32 [B]."""
         return self.path.admitted(self.timesteps.draw(draws, batch_size, self.path))
+
+    def validation_times(self, positions: Sequence[int]) -> Tensor:
+        """One level a sample, i/8 of the span with i its place in the held-out set modulo 8: on the linear path the rule
+        of MLPerf Training v5.1. Float32 [B]."""
+        first, last = self.span
+        levels = torch.tensor([position % VALIDATION_LEVELS / VALIDATION_LEVELS for position in positions])
+        return first + (last - first) * levels
 
     def example(self, x0: Tensor, eps: Tensor, t_B: Tensor) -> Example:
         """x_t, what the network should say there, and its weight. eps: noise, or what else stands at t = 1."""

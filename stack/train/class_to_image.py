@@ -5,7 +5,6 @@ Shapes: B batch · C channels · H W height, width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,25 +16,26 @@ from torch import Tensor, nn
 from autoencoders.codec import to_uint8
 from stack.config import UserError, validate
 from stack.data.dataset import ImageBatch, ImageDataset
-from stack.flow import guidance
-from stack.flow.draw import SolverConfig, draw
+from stack.flow.draw import GuidedConfig, draw
+from stack.flow.guidance import Branches, ClassifierFn, Guided, branches, classifier_gradient
 from stack.flow.noise import Draws, NoisePlan
 from stack.flow.process import Example, FlowConfig
 from stack.flow.samplers import NoiseFn
 from stack.models import labelled
 from stack.models.labelled import LabelNetwork, NetworkConfig
 from stack.train import snapshot
+from stack.train.classifier import load_classifier
 from stack.train.objective import Losses
 from stack.train.pictures import contact_sheet
-from stack.train.text_to_image import VALIDATION_LEVELS, Probability
+from stack.train.text_to_image import Probability
 
 
-class PreviewConfig(SolverConfig):
+class PreviewConfig(GuidedConfig):
     count: PositiveInt = 40
     """Samples on the sheet, whose labels take turns."""
-    guidance: float = 1.0
-    """Classifier-free guidance γ; 1 is none."""
     seed: int = 0
+    classifier: Path | None = None
+    """Run of the noisy classifier that guidance.classifier scales."""
 
 
 class ClassToImageConfig(FlowConfig):
@@ -57,6 +57,7 @@ class ClassToImage:
         self._channels, self._sides = data.channels, list(data.sides)
         network = labelled.build(config.model, self._channels, self._sides, config.classes, seed)
         self.network: nn.Module = network
+        self._classifier = _classifier(config, device)
         self._shown = next(iter(data.validation(config.preview.count)), None) if _paired(config) else None
 
     def _label_B(self, batch: ImageBatch) -> Tensor:
@@ -83,8 +84,7 @@ class ClassToImage:
         return Losses(loss_B.mean(), by_time=(loss_B, t_B))
 
     def validate(self, network: nn.Module, batch: ImageBatch, draws: Draws) -> Tensor:
-        """One level a sample, i/8 of the span with i its place in the set modulo 8, as in text-to-image."""
-        t_B = validation_times(batch.positions, self._config.span).to(batch.image_BCHW.device)
+        t_B = self._config.validation_times(batch.positions).to(batch.image_BCHW.device)
         example = self._config.example(batch.image_BCHW, self._end(batch, draws, None), t_B)
         return self._loss_B(network, example, self._label_B(batch))
 
@@ -102,7 +102,7 @@ class ClassToImage:
             drawn = starts if stream == "noise" and starts is not None else draws.normal(stream, shape)
             return drawn.to(self._device)
 
-        image_BCHW = sample(network, config, label_B.to(self._device), noise, config.preview)
+        image_BCHW = sample(network, config, label_B.to(self._device), noise, config.preview, self._classifier)
         columns = min(config.classes or 8, 10)
         if starts is not None:
             columns = min(len(starts), 8)
@@ -120,11 +120,17 @@ class ClassToImage:
         }
 
 
-def validation_times(positions: Sequence[int], span: tuple[float, float]) -> Tensor:
-    """The level of noise at which each held-out sample is looked at, float32 [B]."""
-    first, last = span
-    levels = torch.tensor([position % VALIDATION_LEVELS / VALIDATION_LEVELS for position in positions])
-    return first + (last - first) * levels
+def _classifier(config: ClassToImageConfig, device: torch.device) -> ClassifierFn | None:
+    """UserError where the preview's classifier was trained on another path."""
+    run = config.preview.classifier
+    if run is None:
+        return None
+    log_probabilities, trained = load_classifier(run, device)
+    if trained.path != config.path:
+        raise UserError(
+            f"objective.preview.classifier={run} knows the path {trained.path}, and objective.path is {config.path}"
+        )
+    return log_probabilities
 
 
 def _paired(config: ClassToImageConfig) -> bool:
@@ -148,23 +154,30 @@ def _check(config: ClassToImageConfig, data: ImageDataset) -> None:
 
 
 def sample(
-    network: nn.Module, config: ClassToImageConfig, label_B: Tensor, noise: NoiseFn, how: PreviewConfig
+    network: nn.Module,
+    config: ClassToImageConfig,
+    label_B: Tensor,
+    noise: NoiseFn,
+    how: GuidedConfig,
+    classifier: ClassifierFn | None = None,
+    weak: nn.Module | None = None,
 ) -> Tensor:
     """Images of the labels, [B, C, H, W] in about −1…1.
 
     noise: as of `stack.flow.draw.draw`, of the images' shape; its stream "noise" is what sampling starts from, and of
-    paired data the second images.
+    paired data the second images.  classifier, weak: what guidance.classifier and guidance.autoguidance scale.
+    Raises UserError where guidance asks for what is not there.
     """
     none_B = torch.full_like(label_B, config.classes)
 
-    def network_fn(x_BCHW: Tensor, t_B: Tensor) -> Tensor:
-        if how.guidance == 1 or not config.classes:
-            return network(x_BCHW, t_B, label_B if config.classes else none_B)
-        both = network(torch.cat([x_BCHW] * 2), torch.cat([t_B] * 2), torch.cat([none_B, label_B]))
-        without, with_label = both.chunk(2)
-        return guidance.guided(without, with_label, how.guidance)
+    def of(network: nn.Module) -> Branches:
+        if not config.classes:
+            return Branches(config.predictor(lambda x_BCHW, t_B: network(x_BCHW, t_B, none_B)))
+        return branches(config, network, label_B, none_B, torch.cat)
 
-    return draw(config, config.predictor(network_fn), noise, how)
+    gradient = None if classifier is None else classifier_gradient(classifier, label_B)
+    guided = Guided(how.guidance, config, of(network), None if weak is None else of(weak).conditional, gradient)
+    return draw(config, guided, noise, how)
 
 
 def load(run: Path, device: torch.device, step: int | None = None) -> tuple[LabelNetwork, ClassToImageConfig]:

@@ -21,13 +21,11 @@ from stack.data.dataset import ImageBatch, ImageDataset
 from stack.flow.noise import Draws, NoisePlan
 from stack.flow.path import Linear, PathConfig
 from stack.flow.prediction import SIGMA_DATA
-from stack.flow.process import FlowConfig
+from stack.flow.process import VALIDATION_LEVELS, FlowConfig
 from stack.flow.timesteps import TimestepConfig
 from stack.models.classifier import ClassifierNetworkConfig, NoisyClassifier
 from stack.train import snapshot
-from stack.train.class_to_image import validation_times
 from stack.train.objective import Losses
-from stack.train.text_to_image import VALIDATION_LEVELS
 
 LogProbabilities = Callable[[Tensor, Tensor], Tensor]
 """(x_t [B, C, H, W], t [B]) → log p(y | x_t) [B, K]."""
@@ -73,7 +71,7 @@ class Classifier:
 
     def validate(self, network: nn.Module, batch: ImageBatch, draws: Draws) -> Tensor:
         """Cross-entropy of each sample [B], in nats, at one of eight levels of noise by its place in the set."""
-        t_B = validation_times(batch.positions, self._flow.span).to(batch.image_BCHW.device)
+        t_B = self._flow.validation_times(batch.positions).to(batch.image_BCHW.device)
         log_p_BK = self._log_probabilities(network, batch, draws, t_B)
         assert batch.label_B is not None
         return F.nll_loss(log_p_BK, batch.label_B, reduction="none")

@@ -6,17 +6,16 @@ Shapes: B batch · C channels · H W height, width · L text tokens · D width.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 import torch
-from pydantic import PositiveInt, field_validator
+from pydantic import PositiveInt
 from torch import Tensor
 
 from autoencoders.codec import Codec, to_uint8
 from stack.config import UserError
-from stack.flow.draw import SolverConfig, draw
-from stack.flow.guidance import GuidanceConfig, Guided, branches
+from stack.flow.draw import GuidedConfig, draw
+from stack.flow.guidance import Branches, GuidanceConfig, Guided, branches
 from stack.flow.noise import Draws, NoisePlan
 from stack.flow.process import FlowConfig
 from stack.models.mmdit import MMDiT, MMDiTConfig
@@ -24,19 +23,11 @@ from stack.text.conditioning import Context, EncodedText, Pad, collate, join
 from stack.text.conditioning import unconditional as unconditional_text
 
 
-class SamplerConfig(SolverConfig):
-    """How images are drawn: a solver, guidance, and a batch."""
-
+class SamplerConfig(GuidedConfig):
     guidance: GuidanceConfig = GuidanceConfig(scale=4.0)
-    """A number is the scale of classifier-free guidance: γ in v∅ + γ·(v_y − v∅); 1 is no guidance."""
     embedded_guidance: float = 3.5
     """What a model with a guidance embedding (FLUX.1-dev) is told; `guidance` is 1 for it as a rule."""
     batch_size: PositiveInt = 64
-
-    @field_validator("guidance", mode="before")
-    @classmethod
-    def _scale_alone(cls, given: Any) -> Any:
-        return {"scale": given} if isinstance(given, int | float) else given
 
 
 def check_size(model: MMDiTConfig, factor: int, size: tuple[int, int]) -> None:

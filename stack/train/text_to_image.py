@@ -31,8 +31,6 @@ from stack.train.pictures import contact_sheet
 from stack.train.sampler import Sampler, SamplerConfig, check_size
 from stack.train.snapshot import Snapshot
 
-VALIDATION_LEVELS = 8
-
 Probability = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -168,12 +166,8 @@ class TextToImage:
         return Losses(loss_B.mean(), flop=flop, by_time=(loss_B, t_B))
 
     def validate(self, network: nn.Module, batch: LatentBatch, draws: Draws) -> Tensor:
-        """One level a sample, i/8 of the path's span with i its place in the set modulo 8 (MLPerf Training v5.1's rule,
-        on its linear path)."""
         latent_BCHW = self._latent(batch, draws)
-        levels = torch.tensor([position % VALIDATION_LEVELS / VALIDATION_LEVELS for position in batch.positions])
-        first, last = self._config.span
-        t_B = (first + (last - first) * levels).to(latent_BCHW.device)
+        t_B = self._config.validation_times(batch.positions).to(latent_BCHW.device)
         noise_BCHW = self._config.coupling.noise(latent_BCHW, draws, None)
         return self._loss_B(network, batch, self._config.example(latent_BCHW, noise_BCHW, t_B))[0]
 
