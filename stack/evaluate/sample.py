@@ -11,7 +11,8 @@ import torch
 from autoencoders.codec import Codec
 from stack.config import UserError
 from stack.flow.process import FlowConfig
-from stack.models.mmdit import MMDiT, MMDiTConfig
+from stack.models import captioned
+from stack.models.captioned import CaptionNetwork
 from stack.text.conditioning import EncodedText
 from stack.text.encoders import TextEncoders
 from stack.train import snapshot
@@ -33,14 +34,14 @@ def load_sampler(
         raise UserError(f"{run}: a run of kind {snap.metadata['kind']!r} does not draw images from prompts")
     text = check_encoders(snap)
 
-    def averaged(of: snapshot.Snapshot) -> MMDiT:
-        network = MMDiT(MMDiTConfig(**of.metadata["model"]))
+    def averaged(of: snapshot.Snapshot) -> CaptionNetwork:
+        network = captioned.build(captioned.described(of.metadata["model"]), codec.channels)
         network.load_state_dict(of.weights)
         return network.to(device).eval()
 
+    codec = Codec.load(snap.metadata["autoencoder"]).to(device)
     network = averaged(snap)
     weak = None if weak_step is None else averaged(snapshot.read(run, weak_step))
-    codec = Codec.load(snap.metadata["autoencoder"]).to(device)
     flow = FlowConfig(**snap.metadata["flow"])
     return Sampler(network, codec, text.pad, flow, weak), TextEncoders(text, device), snap
 

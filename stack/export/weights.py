@@ -22,6 +22,7 @@ from stack.export.card import Subject
 from stack.files import publish
 from stack.flow.noise import NoisePlan
 from stack.flow.process import FlowConfig
+from stack.models import captioned
 from stack.models.mmdit import MMDiT, MMDiTConfig
 from stack.train import autoencoder, snapshot
 from stack.train.autoencoder import AutoencoderConfig
@@ -116,8 +117,11 @@ def _subject(run: Path, snap: snapshot.Snapshot) -> Subject:
             f"{run}: trained on path {flow.path.kind} with prediction {flow.prediction}, which no reader of SD3 or "
             "FLUX expects: export with --to stack"
         )
+    config = captioned.described(snap.metadata["model"])
+    if not isinstance(config, MMDiTConfig):
+        raise UserError(f"{run}: a {config.kind}, and --to diffusers or single write an MM-DiT: export with --to stack")
     with torch.device("meta"):
-        network = MMDiT(MMDiTConfig(**snap.metadata["model"]))
+        network = MMDiT(config)
     network.load_state_dict(snap.weights, assign=True)
     samples, described = None, run / "config.yaml"
     if described.is_file():

@@ -21,7 +21,7 @@ Shapes: x and predictions are [B, …]; t_B holds one time a sample. All norms a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple, TypeVar
 
 import torch

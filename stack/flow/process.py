@@ -80,8 +80,10 @@ class FlowConfig(Config):
         return self.path.admitted(self.timesteps.draw(draws, batch_size, self.path))
 
     def validation_times(self, positions: Sequence[int]) -> Tensor:
-        """One level a sample, i/8 of the span with i its place in the held-out set modulo 8: on the linear path the rule
-        of MLPerf Training v5.1. Float32 [B]."""
+        """One level a sample, i/8 of the span with i its place in the held-out set modulo 8; float32 [B].
+
+        On the linear path it is the rule of MLPerf Training v5.1.
+        """
         first, last = self.span
         levels = torch.tensor([position % VALIDATION_LEVELS / VALIDATION_LEVELS for position in positions])
         return first + (last - first) * levels

@@ -6,7 +6,7 @@ B batch · C channels · H W height, width · L tokens of the longest context, T
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import PositiveInt, model_validator
@@ -29,6 +29,7 @@ class UNetConfig(Config):
     num_heads: PositiveInt = 8
     context_dim: PositiveInt = 768
     norm_groups: PositiveInt = 32
+    guidance_embedding: ClassVar[bool] = False
 
     @model_validator(mode="after")
     def _check_sizes(self) -> UNetConfig:

@@ -18,7 +18,9 @@ from stack.flow.draw import GuidedConfig, draw
 from stack.flow.guidance import Branches, GuidanceConfig, Guided, branches
 from stack.flow.noise import Draws, NoisePlan
 from stack.flow.process import FlowConfig
-from stack.models.mmdit import MMDiT, MMDiTConfig
+from stack.models.captioned import CaptionNetwork
+from stack.models.mmdit import MMDiTConfig
+from stack.models.unet import UNetConfig
 from stack.text.conditioning import Context, EncodedText, Pad, collate, join
 from stack.text.conditioning import unconditional as unconditional_text
 
@@ -30,20 +32,24 @@ class SamplerConfig(GuidedConfig):
     batch_size: PositiveInt = 64
 
 
-def check_size(model: MMDiTConfig, factor: int, size: tuple[int, int]) -> None:
+def check_size(model: MMDiTConfig | UNetConfig, factor: int, size: tuple[int, int]) -> None:
     """UserError where images of `size` (width, height) do not divide into patches or exceed the position table."""
-    unit = factor * model.patch_size
+    unit = factor * (model.patch_size if isinstance(model, MMDiTConfig) else 1)
     if min(size) < unit or size[0] % unit or size[1] % unit:
         raise UserError(f"size {size[0]}×{size[1]}: both sides must be multiples of {unit} pixels")
+    if not isinstance(model, MMDiTConfig) or model.rope_axes:
+        return
     largest = unit * model.position_table_size
-    if not model.rope_axes and max(size) > largest:
+    if max(size) > largest:
         raise UserError(f"size {size[0]}×{size[1]}: the model's position table ends at {largest} pixels")
 
 
 class Sampler:
     """Draws images; image i of a seed is the same whatever the batch it is drawn in."""
 
-    def __init__(self, network: MMDiT, codec: Codec, pad: Pad, flow: FlowConfig, weak: MMDiT | None = None):
+    def __init__(
+        self, network: CaptionNetwork, codec: Codec, pad: Pad, flow: FlowConfig, weak: CaptionNetwork | None = None
+    ):
         """weak: the network that autoguidance leads away from."""
         self.network = network
         self._weak = weak
@@ -82,7 +88,7 @@ class Sampler:
         context_dim = self.network.config.context_dim
         conditional, unconditional = join(batch, context_dim), unconditional_text(batch, context_dim)
 
-        def output_of(network: MMDiT) -> Callable[[Tensor, Tensor, Context], Tensor]:
+        def output_of(network: CaptionNetwork) -> Callable[[Tensor, Tensor, Context], Tensor]:
             def output(x_BCHW: Tensor, t_B: Tensor, context: Context) -> Tensor:
                 told = network.config.guidance_embedding
                 guidance_B = torch.full_like(t_B, config.embedded_guidance) if told else None
@@ -93,7 +99,7 @@ class Sampler:
         def noise(stream: str) -> Tensor:
             return draws.normal(stream, shape).to(device)
 
-        def of(network: MMDiT) -> Branches:
+        def of(network: CaptionNetwork) -> Branches:
             return branches(self._flow, output_of(network), conditional, unconditional, Context.cat)
 
         weak = None if self._weak is None else of(self._weak).conditional

@@ -20,10 +20,12 @@ from stack.config import Config, UserError
 from stack.data.dataset import LatentBatch, LatentDataset
 from stack.flow.noise import Draws
 from stack.flow.process import Example, FlowConfig
-from stack.models import convert
+from stack.models import captioned, convert
+from stack.models.captioned import CaptionNetwork
 from stack.models.compute import ComputeConfig, configure
 from stack.models.flops import flops_per_sample
 from stack.models.mmdit import MMDiT, MMDiTConfig
+from stack.models.unet import UNetConfig
 from stack.text.conditioning import EncodedText, join
 from stack.text.encoders import TextConfig, TextEncoders, fingerprints
 from stack.train.objective import Losses
@@ -56,7 +58,7 @@ class PreviewConfig(SamplerConfig):
 
 class TextToImageConfig(FlowConfig):
     kind: Literal["text_to_image"] = "text_to_image"
-    model: MMDiTConfig
+    model: captioned.NetworkConfig
     text: TextConfig
     autoencoder: str
     """Folder or hub id of the codec that made the latents."""
@@ -92,6 +94,20 @@ def _read(path: Path, config: MMDiTConfig) -> MMDiT:
     return network
 
 
+def _check_model(
+    model: MMDiTConfig | UNetConfig, compute: ComputeConfig, init: Path | None, channels: int, folder: str | Path
+) -> None:
+    if isinstance(model, MMDiTConfig):
+        if model.in_channels != channels:
+            raise UserError(
+                f"objective.model.in_channels is {model.in_channels}, the latents of {folder} have {channels} channels"
+            )
+        return
+    for key, given in (("init.from", init is not None), ("compute", compute != ComputeConfig())):
+        if given:
+            raise UserError(f"{key} is for an MM-DiT: objective.model.kind={model.kind} has no use for it")
+
+
 class TextToImage:
     """Without another word in the configuration: the mean square of v − (ε − x_0) on the straight path."""
 
@@ -107,11 +123,7 @@ class TextToImage:
         manifest = data.manifest
         self._encoders = encoder_fingerprints(config.text, config.autoencoder)
         manifest.check(data.folder, self._encoders, config.text)
-        if config.model.in_channels != manifest.latent_channels:
-            raise UserError(
-                f"objective.model.in_channels is {config.model.in_channels}, the latents of {data.folder} have "
-                f"{manifest.latent_channels} channels"
-            )
+        _check_model(config.model, compute, init, manifest.latent_channels, data.folder)
         if config.coupling.kind == "paired":
             raise UserError("objective.coupling.kind=paired: latents have no second image to begin with")
         self._config, self._batch_size = config, data.config.batch_size
@@ -121,10 +133,13 @@ class TextToImage:
         self._check_widths(config, manifest.empty_text)
         self._device = device
         self._sampler: Sampler | None = None
-        network = _read(init, config.model) if init else MMDiT(config.model)
-        if init is None:
-            network.init_weights(seed)
-        configure(network, compute)
+        network: CaptionNetwork
+        if init and isinstance(config.model, MMDiTConfig):
+            network = _read(init, config.model)
+        else:
+            network = captioned.build(config.model, manifest.latent_channels, seed)
+        if isinstance(network, MMDiT):
+            configure(network, compute)
         self.network: nn.Module = network
 
     @staticmethod
@@ -133,7 +148,7 @@ class TextToImage:
         needed = max(clip, text.t5.shape[-1] if text.t5 is not None else 0)
         if config.model.context_dim < needed:
             raise UserError(f"objective.model.context_dim is {config.model.context_dim}, the captions need {needed}")
-        if config.model.pooled_dim != text.pooled.shape[-1]:
+        if isinstance(config.model, MMDiTConfig) and config.model.pooled_dim != text.pooled.shape[-1]:
             raise UserError(
                 f"objective.model.pooled_dim is {config.model.pooled_dim}, the captions' is {text.pooled.shape[-1]}"
             )
@@ -143,15 +158,19 @@ class TextToImage:
         posterior = draws.normal("posterior", tuple(batch.mean_BCHW.shape[1:])).to(batch.mean_BCHW.device)
         return draw(Moments(batch.mean_BCHW, batch.logvar_BCHW), posterior, self._affine)
 
-    def _loss_B(self, network: nn.Module, batch: LatentBatch, example: Example, **keep: Tensor) -> tuple[Tensor, int]:
-        """Of each sample, and the floating-point operations that it took, forward and backward."""
+    def _loss_B(
+        self, network: nn.Module, batch: LatentBatch, example: Example, **keep: Tensor
+    ) -> tuple[Tensor, int | None]:
+        """Of each sample, and the floating-point operations that it took, forward and backward, where known."""
         x_BCHW, t_B, model = example.x_t, example.t_B, self._config.model
         guidance_B = torch.full_like(t_B, self._config.guidance) if model.guidance_embedding else None
         context = join(batch.text, model.context_dim, **keep)
         output_BCHW = network(x_BCHW * self._config.input_scale(t_B, x_BCHW), t_B, *context, guidance_B)
+        loss_B = self._config.loss_B(output_BCHW, example)
+        if not isinstance(model, MMDiTConfig):
+            return loss_B, None
         num_image = math.prod(x_BCHW.shape[2:]) // model.patch_size**2
-        flop = sum(flops_per_sample(model, num_image, length)[1] for length in context.lengths)
-        return self._config.loss_B(output_BCHW, example), flop
+        return loss_B, sum(flops_per_sample(model, num_image, length)[1] for length in context.lengths)
 
     def loss(self, network: nn.Module, batch: LatentBatch, draws: Draws) -> Losses:
         config, latent_BCHW = self._config, self._latent(batch, draws)
@@ -172,7 +191,7 @@ class TextToImage:
         return self._loss_B(network, batch, self._config.example(latent_BCHW, noise_BCHW, t_B))[0]
 
     def preview(self, network: nn.Module) -> Image:
-        assert isinstance(network, MMDiT)
+        assert isinstance(network, CaptionNetwork)
         preview = self._config.preview
         if self._sampler is None:
             codec = Codec.load(self._config.autoencoder).to(self._device)
