@@ -64,8 +64,9 @@ def draw(
     """Data [B, …] in the dtype and on the device of `noise`.
 
     predict: says the prediction itself, as `FlowConfig.predictor` makes it of a network, guided or not.
-    noise: its stream "noise" is what sampling starts from; the stochastic solvers ask for others, "step0" and so on.
-    With streams that belong to a sample's number (`Draws`), a sample is the same whatever its batch.
+    noise: its stream "noise" is what sampling starts from (data, where the coupling is of data with data); the
+    stochastic solvers ask for others, "step0" and so on. With streams that belong to a sample's number (`Draws`), a
+    sample is the same whatever its batch.
     keep: is given x at each time after the first, and x̂_0 where noise is left at the last and sampling ends with it.
     Raises UserError as `SolverConfig.check`.
     """

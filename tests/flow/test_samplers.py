@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
+from stack.flow import samplers
 from stack.flow.draw import SolverConfig, draw
 from stack.flow.path import DDPM, EDM, VE, VP, Conical, Cosine, Linear, SubVP
 from stack.flow.process import FlowConfig
@@ -80,6 +82,20 @@ def test_ddim_with_half_the_noise_on_a_shifted_grid(mixture, name) -> None:
 @pytest.mark.parametrize(("solver", "steps"), [("euler_maruyama", 400), ("predictor_corrector", 200)])
 def test_the_reverse_sde_agrees_with_the_ode(mixture, name, solver, steps) -> None:
     check(drawn(mixture, FlowConfig(path=PATHS[name]), solver=solver, steps=steps, snr=0.05), mixture)
+
+
+@pytest.mark.parametrize("name", ["linear", "vp", "edm"])
+def test_the_corrector_alone_reaches_its_level(mixture, name) -> None:
+    """A step of no length, then only Langevin dynamics: from three times the noise to p_t."""
+    flow = FlowConfig(path=PATHS[name])
+    t = flow.path.time_of(torch.tensor(1.0))
+    fn = flow.estimate_fn(flow.predictor(mixture.network(flow)))
+    c = flow.path.at(t)
+    found = samplers.predictor_corrector(
+        fn, 3 * c.b * noise("start"), t.repeat(2), flow.path, noise, snr=0.15, corrections=200
+    )
+    there = replace(mixture, means=c.a * mixture.means, variances=c.a**2 * mixture.variances + c.b**2)
+    check(found, there, 0.005)
 
 
 @pytest.mark.parametrize("prediction", ["score", "eps", "edm"])
