@@ -32,7 +32,6 @@ from stack.config import Config, UserError
 from stack.flow.path import Coefficients, per_sample
 from stack.flow.prediction import Prediction, convert, estimate, target_weights
 from stack.flow.process import FlowConfig, NetworkFn
-from stack.text.conditioning import Context
 
 C = TypeVar("C")
 """A batch of conditions: labels, captions."""
@@ -147,7 +146,7 @@ class Guided:
     What it remembers is the difference at the last noisier time. A call at the time of the last one (the second stage
     of a Heun step, and then the next step) takes its place, and a call at a noisier time begins anew: so a solver of
     one evaluation a step does what the paper does, RK4 counts its middle as a step, and after a step that an adaptive
-    solver takes back there is no memory. One object serves one batch after another of the same samples, not several.
+    solver takes back there is no memory. So an object serves one batch, whose conditions it holds anyhow.
 
     Raises UserError where a scale is given and what it scales is not; when called, where a = 0 (no data in x_t, as at
     t = 1 of the linear path) under classifier guidance, and where b = 0 (nothing but data) with momentum.
@@ -302,14 +301,3 @@ def optimal_scale(uncond: Tensor, cond: Tensor) -> Tensor:
 def _wide(value_B: Tensor, like: Tensor) -> Tensor:
     """As [B, 1, …, 1], in its own dtype."""
     return value_B.reshape(-1, *[1] * (like.ndim - 1))
-
-
-def classifier_free(
-    model: Callable[..., Tensor], latent_BCHW: Tensor, t_B: Tensor, cond: Context, uncond: Context, scale: float
-) -> Tensor:
-    """v_∅ + γ·(v_y − v_∅), from one call of `model` on both halves; from `cond` alone at scale 1."""
-    if scale == 1:
-        return model(latent_BCHW, t_B, *cond)
-    both = Context.cat([uncond, cond])
-    v_uncond, v_cond = model(torch.cat([latent_BCHW] * 2), torch.cat([t_B] * 2), *both).chunk(2)
-    return v_uncond + scale * (v_cond - v_uncond)
