@@ -54,7 +54,7 @@ class Path(Config):
         raise NotImplementedError
 
     def admitted(self, t: Tensor) -> Tensor:
-        """The times at which a network is trained for draws `t`: themselves, or those of a discrete path's steps."""
+        """The times at which a network is asked instead of `t`: the same, or the next of a discrete path's steps."""
         return t
 
     def noised(self, x0: Tensor, eps: Tensor, t_B: Tensor) -> Tensor:
@@ -169,7 +169,8 @@ class DDPM(Path):
         return 1 / self.steps, 1.0
 
     def admitted(self, t: Tensor) -> Tensor:
-        return (t * self.steps).ceil().clamp(min=1) / self.steps
+        step = (t.double() * self.steps - 1e-3).ceil().clamp(min=1)  # the margin leaves a float32 step as it is
+        return (step / self.steps).to(t.dtype)
 
     @cached_property
     def _log_a(self) -> Tensor:

@@ -86,7 +86,7 @@ class FlowConfig(Config):
         """
         first, last = self.span
         levels = torch.tensor([position % VALIDATION_LEVELS / VALIDATION_LEVELS for position in positions])
-        return first + (last - first) * levels
+        return self.path.admitted(first + (last - first) * levels)
 
     def example(self, x0: Tensor, eps: Tensor, t_B: Tensor) -> Example:
         """x_t, what the network should say there, and its weight. eps: noise, or what else stands at t = 1."""
@@ -145,10 +145,13 @@ class FlowConfig(Config):
         return first, last
 
     def grid(self, num_steps: int, shift: float = 1.0) -> Tensor:
-        """num_steps + 1 falling times over the span, evenly spaced, then moved by `shift` (α of `shift_times`)."""
+        """num_steps + 1 falling times over the span, evenly spaced, then moved by `shift` (α of `shift_times`).
+
+        On a discrete path they are steps of it, each once: fewer, where it has no more.
+        """
         first, last = self.span
         even = shift_times(torch.linspace(1, 0, num_steps + 1, dtype=torch.float64), shift)
-        return first + (last - first) * even
+        return torch.unique_consecutive(self.path.admitted(first + (last - first) * even))
 
     def start(self, noise: Tensor, t: float) -> Tensor:
         """x at the noisiest time `t` of a grid: b·ε, as if nothing of the data were left."""

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from stack.evaluate.sample import load_sampler
 from stack.flow.noise import NoisePlan
+from stack.flow.process import FlowConfig
 from stack.models.mmdit import MMDiT, MMDiTConfig
 from stack.text.conditioning import collate, join
 from stack.text.encoders import TextConfig
@@ -49,6 +50,7 @@ def make(stage, tmp_path_factory, mmdit) -> Callable[..., tuple[Path, Path]]:
         captions = TextConfig(**{**encoders, "pad": "full", "t5_max_tokens": 40, **text})
         metadata = {
             "kind": "text_to_image",
+            "flow": FlowConfig().model_dump(mode="json"),
             "model": config.model_dump(mode="json"),
             "text": captions.model_dump(mode="json"),
             "autoencoder": str(stage.codec),
