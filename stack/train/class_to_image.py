@@ -138,8 +138,20 @@ def _paired(config: ClassToImageConfig) -> bool:
 
 
 def _check(config: ClassToImageConfig, data: ImageDataset) -> None:
-    """UserError where the objective, its data and its preview do not go together."""
+    """UserError where the objective, its data and its preview do not go together: now, not at the first snapshot."""
     config.preview.check(config)
+    guidance = config.preview.guidance
+    if guidance.scale != 1 and not (config.classes and config.dropout):
+        raise UserError(
+            f"objective.preview.guidance.scale={guidance.scale} needs labels, and some of them dropped: "
+            f"objective.classes is {config.classes}, objective.dropout {config.dropout}"
+        )
+    if guidance.autoguidance != 1:
+        raise UserError("objective.preview.guidance.autoguidance: a training has no weaker network to be guided by")
+    if guidance.classifier != 0 and config.preview.classifier is None:
+        raise UserError(
+            "objective.preview.guidance.classifier needs a classifier's run in objective.preview.classifier"
+        )
     if config.classes and not data.has_labels:
         raise UserError(
             f"objective.classes={config.classes} needs labels: name the key of KEY.json that holds them in data.label"

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -17,6 +18,7 @@ from stack.flow.noise import NoisePlan
 from stack.flow.samplers import NoiseFn
 from stack.train import snapshot
 from stack.train.class_to_image import ClassToImage, ClassToImageConfig, PreviewConfig, load, sample
+from stack.train.classifier import Classifier, ClassifierConfig
 from stack.train.recipe import TrainConfig
 
 DIT = {"kind": "dit", "depth": 1, "width": 16, "num_heads": 2}
@@ -156,6 +158,14 @@ def test_pairs_begin_with_their_second_image(objective, dataset, labelled):
     [
         ({"label": None}, {}, r"objective\.classes=2 needs labels: .* data\.label"),
         ({}, {"preview": {"solver": "langevin"}}, r"langevin wants path\.kind ve or edm"),
+        ({}, {"preview": {"guidance": 2}, "dropout": 0}, r"guidance\.scale=2.0 needs labels, and some of them dropped"),
+        ({}, {"preview": {"guidance": 2}, "classes": 0}, r"objective\.classes is 0, objective\.dropout 0.1"),
+        ({}, {"preview": {"guidance": {"autoguidance": 2}}}, "no weaker network"),
+        (
+            {},
+            {"preview": {"guidance": {"classifier": 1}}},
+            r"needs a classifier's run in objective\.preview\.classifier",
+        ),
         ({}, {"coupling": {"kind": "paired"}}, "give both or neither"),
         ({"paired": "paired"}, {}, "give both or neither"),
         ({"paired": "paired"}, {"coupling": {"kind": "paired"}, "path": {"kind": "vp"}}, "takes it for normal"),
@@ -231,6 +241,25 @@ def test_labels_that_do_not_fit_end_a_training_in_one_line(recipe, tmp_path, mmd
     assert done.returncode == 2
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("mmdit:")]
     assert message in line
+
+
+def test_a_preview_is_guided_by_a_classifier_of_its_own_path(objective, dataset, tmp_path):
+    """Without labels: the classifier alone tells bright from dark."""
+    values = {"model": {"block_out_channels": [8, 8], "norm_groups": 4, "head_size": 8}, "classes": 2}
+    classifier = Classifier(ClassifierConfig.model_validate(values), dataset(), 0, CPU)
+    for parameter in classifier.network.parameters():
+        parameter.data.normal_(std=0.3, generator=torch.Generator().manual_seed(parameter.numel()))
+    weights = {name: p.detach() for name, p in classifier.network.named_parameters()}
+    snapshot.write(tmp_path, 1, weights, classifier.metadata())
+    guidance = {"classifier": 2.0, "interval": [0, 0.9]}
+    preview = {"guidance": guidance, "classifier": str(tmp_path), "count": 4, "steps": 4}
+    plain = objective(classes=0, preview={"count": 4, "steps": 4})
+    guided = objective(classes=0, preview=preview)
+    with torch.inference_mode():
+        sheets = [np.asarray(made.preview(made.network)) for made in (plain, guided)]
+    assert (sheets[0] != sheets[1]).any()
+    with pytest.raises(UserError, match=r"knows the path .*linear.*, and objective\.path is .*vp"):
+        objective(path={"kind": "vp"}, preview=preview)
 
 
 def test_a_run_of_another_kind_is_refused(tmp_path):
