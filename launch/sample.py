@@ -30,7 +30,8 @@ def command(
     weak: int | None,
     sampling: tuple[str, ...],
 ) -> None:
-    """Draw an image for PROMPT (or a grid for a file of prompts) with the averaged weights of RUN.
+    """Draw an image for PROMPT (or a grid for a file of prompts) with the averaged weights of RUN. Of a run that knows
+    classes, a PROMPT is a label.
 
     What is not given is as in the run's own sample grids.
     """
@@ -39,28 +40,41 @@ def command(
 
     from stack import dist
     from stack.config import UserError, load
-    from stack.evaluate.sample import load_sampler
+    from stack.evaluate.sample import draw_labels, load_sampler
     from stack.files import publish
+    from stack.train import snapshot
     from stack.train.pictures import contact_sheet
     from stack.train.sampler import SamplerConfig
 
     if (prompt is None) == (prompts is None):
         raise UserError("give either a PROMPT or --prompts FILE")
+    kind = snapshot.read(run, step).metadata["kind"]
     texts = [prompt] if prompt is not None else []
     if prompts is not None:
         texts = [line.strip() for line in prompts.read_text().splitlines() if line.strip()]
     if not texts:
         raise UserError(f"{prompts}: holds no prompt")
-    sampler, encoders, snap = load_sampler(run, dist.device(), step, weak)
-    values = dict(snap.metadata["sampling"])
-    width, height = _sides(size) or values["size"]
-    del values["size"]
-    config = load(SamplerConfig, values, sampling)
-    images = sampler.sample(encoders.encode(texts), (width, height), config, range(len(texts)), seed)
+    if kind == "class_to_image":
+        if size is not None:
+            raise UserError("--size: images of labels have the size of the training's")
+        images, drawn_step = draw_labels(run, [_label(text) for text in texts], sampling, seed, step, weak)
+    else:
+        sampler, encoders, snap = load_sampler(run, dist.device(), step, weak)
+        values, drawn_step = dict(snap.metadata["sampling"]), snap.step
+        width, height = _sides(size) or values["size"]
+        del values["size"]
+        config = load(SamplerConfig, values, sampling)
+        images = sampler.sample(encoders.encode(texts), (width, height), config, range(len(texts)), seed)
     picture = contact_sheet(images, texts) if prompts is not None else Image.fromarray(np.asarray(images[0]))
     with publish(out) as temporary:
         picture.save(temporary, format=Image.registered_extensions().get(out.suffix.lower(), "PNG"))
-    click.echo(f"{out}: {len(texts)} image{'s' * (len(texts) > 1)}, snapshot of step {snap.step}")
+    click.echo(f"{out}: {len(texts)} image{'s' * (len(texts) > 1)}, snapshot of step {drawn_step}")
+
+
+def _label(text: str) -> int:
+    if not text.isdigit():
+        raise click.BadParameter(f"{text!r} is no label: this run knows classes, 0, 1, …", param_hint="PROMPT")
+    return int(text)
 
 
 def _sides(size: str | None) -> tuple[int, int] | None:

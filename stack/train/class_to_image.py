@@ -57,7 +57,7 @@ class ClassToImage:
         self._channels, self._sides = data.channels, list(data.sides)
         network = labelled.build(config.model, self._channels, self._sides, config.classes, seed)
         self.network: nn.Module = network
-        self._classifier = _classifier(config, device)
+        self._classifier = classifier_of(config.preview.classifier, config, device)
         self._shown = next(iter(data.validation(config.preview.count)), None) if _paired(config) else None
 
     def _label_B(self, batch: ImageBatch) -> Tensor:
@@ -120,16 +120,13 @@ class ClassToImage:
         }
 
 
-def _classifier(config: ClassToImageConfig, device: torch.device) -> ClassifierFn | None:
-    """UserError where the preview's classifier was trained on another path."""
-    run = config.preview.classifier
+def classifier_of(run: Path | None, config: ClassToImageConfig, device: torch.device) -> ClassifierFn | None:
+    """The noisy classifier that `run` has trained; UserError where that was on another path."""
     if run is None:
         return None
     log_probabilities, trained = load_classifier(run, device)
     if trained.path != config.path:
-        raise UserError(
-            f"objective.preview.classifier={run} knows the path {trained.path}, and objective.path is {config.path}"
-        )
+        raise UserError(f"{run}: a classifier of the path {trained.path}, and objective.path is {config.path}")
     return log_probabilities
 
 
