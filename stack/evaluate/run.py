@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from pydantic import NonNegativeInt, PositiveInt, field_validator, model_validator
+from torch import nn
 
 from autoencoders.codec import Codec
 from stack import config as configuration
@@ -30,10 +31,13 @@ from stack.evaluate.metrics import Inception
 from stack.evaluate.sample import draw
 from stack.evaluate.scenes import judge, shares
 from stack.files import publish
+from stack.flow.likelihood import Bits, LikelihoodConfig
+from stack.flow.noise import NoisePlan
 from stack.log import Tracker, say
 from stack.shown import redact
 from stack.text.encoders import ClipScore, TextEncoders
 from stack.train import loop, recipe, snapshot
+from stack.train.class_to_image import ClassToImage, ClassToImageConfig
 from stack.train.pictures import contact_sheet
 from stack.train.recipe import TrainConfig
 from stack.train.sampler import Sampler, SamplerConfig
@@ -42,6 +46,14 @@ from stack.train.text_to_image import TextToImage, TextToImageConfig
 
 MAX_SHOWN = 64
 """Samples on a contact sheet."""
+
+
+class NllConfig(LikelihoodConfig):
+    """Negative log-likelihood of held-out images, for models of pixels."""
+
+    images: NonNegativeInt = 0
+    steps: PositiveInt = 50
+    """Of Heun's method along the probability-flow ODE."""
 
 
 class EvaluationConfig(Config):
@@ -57,6 +69,7 @@ class EvaluationConfig(Config):
     """Folder of images that they are compared with; else the held-out images, decoded from their latents."""
     clip: Path | None = None
     """Folder of a CLIP as open_clip saves it: CLIP score of the samples."""
+    nll: NllConfig = NllConfig()
     sampling: tuple[str, ...] = ()
     """Dotted overrides of the SamplerConfig of the run's own sample grids: steps=10, guidance.scale=2."""
     seed: NonNegativeInt = 0
@@ -95,8 +108,11 @@ class Evaluator:
         self._trained = configuration.load(TrainConfig, run / "config.yaml", overrides)
         self._data, self._objective = recipe.build(self._trained, self._device)
         self._tracker: Tracker | None = None
+        objective = self._trained.objective
+        pixels = isinstance(objective, ClassToImageConfig) and objective.coupling.kind != "paired"
+        if asked.nll.images and not pixels:
+            raise UserError(f"{run}: a {objective.kind} run has no bits a dimension: they are of noise made pixels")
         if asked.scenes or asked.samples:
-            objective = self._trained.objective
             if not isinstance(objective, TextToImageConfig):
                 raise UserError(f"{run}: a run of kind {objective.kind!r} does not draw images from prompts")
             self._text = objective.text
@@ -153,8 +169,10 @@ class Evaluator:
         network = self._objective.network.to(self._device).eval()
         loss_N = loop.validation_losses(self._objective, network, self._data, self._asked.batch_size)
         result: dict[str, Any] = {"step": step, "val_loss": float(loss_N.mean())}
-        if isinstance(self._objective, TextToImage):
+        if isinstance(self._objective, TextToImage | ClassToImage):
             result["val_loss_at_t"] = metrics.by_timestep(loss_N)
+        if self._asked.nll.images:
+            result |= self._likelihood(network)
         if self._asked.scenes or self._asked.samples:
             values = {key: value for key, value in snap.metadata["sampling"].items() if key != "size"}
             config = configuration.load(SamplerConfig, values, self._asked.sampling)
@@ -175,6 +193,26 @@ class Evaluator:
             self._tracker = Tracker.join(self.run, self._trained.log)
         if self._tracker is not None:
             self._tracker.log(numbers(result))
+
+    def _likelihood(self, network: nn.Module) -> dict[str, Any]:
+        """Bits a dimension of held-out images, with the standard error over them, and of the trace alone."""
+        asked, objective = self._asked.nll, self._objective
+        assert isinstance(objective, ClassToImage)
+        found: list[Bits] = []
+        left = asked.images
+        for batch in self._data.validation(min(self._asked.batch_size, left)):
+            draws = NoisePlan(self._asked.seed).at(0, batch.positions)
+            found.append(objective.bits_per_dim(network, batch.to(self._device), draws, asked, asked.steps))
+            left -= len(batch.positions)
+            if left <= 0:
+                break
+        bits_N, trace_N = (torch.cat(values)[: asked.images].cpu() for values in zip(*found, strict=True))
+        return {
+            "bits_per_dim": float(bits_N.mean()),
+            "bits_per_dim_error": float(bits_N.std() / len(bits_N) ** 0.5),
+            "bits_per_dim_trace_error": float(trace_N.square().mean().sqrt() / len(trace_N) ** 0.5),
+            "nll_images": len(bits_N),
+        }
 
     def _samples(self, step: int, sampler: Sampler, config: SamplerConfig) -> dict[str, Any]:
         features: list[torch.Tensor] = []

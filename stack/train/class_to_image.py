@@ -18,6 +18,7 @@ from stack.config import UserError, validate
 from stack.data.dataset import ImageBatch, ImageDataset
 from stack.flow.draw import GuidedConfig, draw
 from stack.flow.guidance import Branches, ClassifierFn, Guided, branches, classifier_gradient
+from stack.flow.likelihood import Bits, LikelihoodConfig, bits_per_dim
 from stack.flow.noise import Draws, NoisePlan
 from stack.flow.process import Example, FlowConfig
 from stack.flow.samplers import NoiseFn
@@ -87,6 +88,14 @@ class ClassToImage:
         t_B = self._config.validation_times(batch.positions).to(batch.image_BCHW.device)
         example = self._config.example(batch.image_BCHW, self._end(batch, draws, None), t_B)
         return self._loss_B(network, example, self._label_B(batch))
+
+    def bits_per_dim(
+        self, network: nn.Module, batch: ImageBatch, draws: Draws, how: LikelihoodConfig, num_steps: int
+    ) -> Bits:
+        """Of the batch's images under their labels, see `stack.flow.likelihood.bits_per_dim`."""
+        config, label_B = self._config, self._label_B(batch)
+        velocity = config.velocity_fn(config.predictor(lambda x_BCHW, t_B: network(x_BCHW, t_B, label_B)))
+        return bits_per_dim(velocity, config.path, batch.image_BCHW, config.grid(num_steps), draws, how)
 
     def preview(self, network: nn.Module) -> Image:
         """Samples, a column a class as far as there is room; of paired data each under the image it begins with."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 
 from stack import config as configuration
 from stack.config import UserError
@@ -217,6 +219,36 @@ def test_a_training_learns_the_classes_and_its_snapshot_draws_them(recipe, tmp_p
     assert (metadata["kind"], metadata["channels"], metadata["sides"]) == ("class_to_image", 1, [[8, 8]])
 
 
+def test_a_snapshot_is_drawn_and_judged_by_its_commands(recipe, tmp_path, mmdit):
+    run = tmp_path / "run"
+    assert mmdit("train", recipe(run)).returncode == 0
+    labels = tmp_path / "labels.txt"
+    labels.write_text("0\n1\n1\n")
+    means = {}
+    for name, given in (("0", ("0",)), ("1", ("1",)), ("sheet", ("--prompts", labels))):
+        options = ("--solver", "dpm_solver_pp_2m", "--steps", 6, "-o", tmp_path / f"{name}.png")
+        done = mmdit("sample", run, *given, *options)
+        assert done.returncode == 0, done.stderr
+        means[name] = np.asarray(Image.open(tmp_path / f"{name}.png")).mean()
+    assert means["0"] < 127 < means["1"]
+    for given, message in (("2", "has labels from 0 to 1"), ("bright", "is no label")):
+        done = mmdit("sample", run, given)
+        assert (done.returncode, message in done.stderr) == (2, True)
+
+    options = ("--nll", 4, "--nll-set", "steps=20")
+    exact = mmdit("evaluate", run, *options, "--nll-set", "trace=exact")
+    assert exact.returncode == 0, exact.stderr
+    probed = mmdit("evaluate", run, *options, "--nll-set", "probes=16", "--nll-set", "trace=gaussian")
+    exact, probed = json.loads(exact.stdout), json.loads(probed.stdout)
+    assert exact["nll_images"] == probed["nll_images"] == 4
+    assert exact["bits_per_dim_trace_error"] == 0
+    error = probed["bits_per_dim_trace_error"]
+    assert 0 < error < 1
+    assert probed["bits_per_dim"] == pytest.approx(exact["bits_per_dim"], abs=4 * error)
+    assert exact["bits_per_dim"] < 8  # a uniform model's
+    assert set(exact["val_loss_at_t"]) == {str(i / 8) if i else "0" for i in range(8)}
+
+
 def test_a_training_that_was_stopped_goes_on_exactly(recipe, tmp_path, mmdit, history):
     """diffusers' own label dropout would draw from torch's generator, which nobody saves."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
@@ -258,7 +290,7 @@ def test_a_preview_is_guided_by_a_classifier_of_its_own_path(objective, dataset,
     with torch.inference_mode():
         sheets = [np.asarray(made.preview(made.network)) for made in (plain, guided)]
     assert (sheets[0] != sheets[1]).any()
-    with pytest.raises(UserError, match=r"knows the path .*linear.*, and objective\.path is .*vp"):
+    with pytest.raises(UserError, match=r"a classifier of the path .*linear.*, and objective\.path is .*vp"):
         objective(path={"kind": "vp"}, preview=preview)
 
 
