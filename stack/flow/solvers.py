@@ -15,15 +15,9 @@ import torch
 from torch import Tensor
 
 from stack.flow.path import per_sample
-from stack.flow.timesteps import shift_times
 
 VelocityFn = Callable[[Tensor, Tensor], Tensor]
 """(x [B, …], t [B]) → velocity of the shape of x."""
-
-
-def times(num_steps: int, shift: float = 1.0) -> Tensor:
-    """num_steps + 1 times from 1 to 0, evenly spaced, then moved by `shift` (α of `shift_times`). Float64."""
-    return shift_times(torch.linspace(1, 0, num_steps + 1, dtype=torch.float64), shift)
 
 
 def euler(velocity_fn: VelocityFn, x: Tensor, times: Tensor, keep: list[Tensor] | None = None) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 from stack.flow import samplers, solvers
 from stack.flow.path import EDM, VP, Path
 from stack.flow.process import FlowConfig
-from stack.flow.solvers import VelocityFn, dopri5, euler, heun, midpoint, rk4, times
+from stack.flow.solvers import VelocityFn, dopri5, euler, heun, midpoint, rk4
 
 MEAN, STD = 1.5, 0.4
 
@@ -53,19 +53,21 @@ def test_order_of_convergence(gaussian, name: str, path: Path, last: float) -> N
 def test_order_on_a_shifted_grid(solve: Callable[..., Tensor]) -> None:
     x1 = torch.linspace(-2, 2, 9, dtype=torch.float64)[:, None]
     steps = [128, 256, 512]
-    errors = [(solve(gaussian_velocity, x1, times(n, 2.0)) - MEAN - STD * x1).abs().max().item() for n in steps]
+    errors = [
+        (solve(gaussian_velocity, x1, FlowConfig().grid(n, 2.0)) - MEAN - STD * x1).abs().max().item() for n in steps
+    ]
     slope = np.polyfit(np.log(steps), np.log(errors), 1)[0]
     assert slope == pytest.approx(-ORDERS[solve.__name__], abs=0.1)
 
 
 def test_a_straight_flow_takes_one_step() -> None:
     x0, x1 = torch.randn(2, 4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(euler(lambda x, t: x1 - x0, x1, times(1)), x0)
+    torch.testing.assert_close(euler(lambda x, t: x1 - x0, x1, FlowConfig().grid(1)), x0)
 
 
 def test_grid_runs_from_noise_to_data() -> None:
-    assert times(4).tolist() == [1, 0.75, 0.5, 0.25, 0]
-    grid = times(10, 3.0)
+    assert FlowConfig().grid(4).tolist() == [1, 0.75, 0.5, 0.25, 0]
+    grid = FlowConfig().grid(10, 3.0)
     assert (grid[0], grid[-1]) == (1, 0)
     assert (grid.diff() < 0).all()
 
@@ -78,13 +80,13 @@ def test_dtype_of_state_and_time(solve: Callable[[VelocityFn, Tensor, Tensor], T
         seen.append((x.dtype, t_B.dtype, t_B.shape))
         return gaussian_velocity(x.float(), t_B)
 
-    assert solve(velocity_fn, torch.zeros(3, 1), times(4)).dtype == torch.float32
+    assert solve(velocity_fn, torch.zeros(3, 1), FlowConfig().grid(4)).dtype == torch.float32
     assert set(seen) == {(torch.float32, torch.float32, (3,))}
 
 
 def test_gradients_flow_through() -> None:
     x1 = torch.randn(3, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x: heun(gaussian_velocity, x, times(5)), (x1,))
+    assert torch.autograd.gradcheck(lambda x: heun(gaussian_velocity, x, FlowConfig().grid(5)), (x1,))
 
 
 @pytest.mark.parametrize("tolerance", [1e-3, 1e-6, 1e-9])
@@ -96,26 +98,26 @@ def test_adaptive_steps_keep_to_their_tolerance(tolerance: float) -> None:
         calls.append(t_B)
         return gaussian_velocity(x, t_B)
 
-    x0 = dopri5(velocity_fn, x1, times(1), rtol=tolerance, atol=tolerance)
+    x0 = dopri5(velocity_fn, x1, FlowConfig().grid(1), rtol=tolerance, atol=tolerance)
     error = (x0 - MEAN - STD * x1).abs().max().item()
     assert error < 10 * tolerance
     assert len(calls) < 60 + 2 * tolerance**-0.2 * 6
     torch.testing.assert_close(
-        dopri5(gaussian_velocity, x0, times(1).flip(0), rtol=tolerance, atol=tolerance),
+        dopri5(gaussian_velocity, x0, FlowConfig().grid(1).flip(0), rtol=tolerance, atol=tolerance),
         x1, atol=60 * tolerance, rtol=0,
     )  # fmt: skip
 
 
 def test_a_tolerance_that_cannot_be_met_is_said() -> None:
     with pytest.raises(ValueError, match="steps vanish before rtol 1e-05"):
-        dopri5(lambda x, t_B: x * float("nan"), torch.ones(2, 1), times(1))
+        dopri5(lambda x, t_B: x * float("nan"), torch.ones(2, 1), FlowConfig().grid(1))
 
 
 @pytest.mark.parametrize("solve", [euler, heun, midpoint, rk4, dopri5])
 def test_a_trajectory_is_kept(solve: Callable[..., Tensor]) -> None:
     x1 = torch.linspace(-2, 2, 9, dtype=torch.float64)[:, None]
     kept: list[Tensor] = []
-    grid = times(40)
+    grid = FlowConfig().grid(40)
     x0 = solve(gaussian_velocity, x1, grid, kept)
     assert torch.equal(x0, solve(gaussian_velocity, x1, grid))
     assert torch.equal(kept[-1], x0)

@@ -7,7 +7,7 @@ import torch
 from stack.config import UserError, load
 from stack.flow.noise import NoisePlan
 from stack.flow.path import EDM, VP, Linear, Path
-from stack.flow.solvers import times
+from stack.flow.process import FlowConfig
 from stack.flow.timesteps import (
     MAX_MODE_SCALE,
     TimestepConfig,
@@ -91,7 +91,7 @@ def test_flux_figures() -> None:
     assert math.log(flux_shift(1024)) == pytest.approx(0.63)
     assert flux_shift(1024) == pytest.approx(1.877611, abs=5e-7)
     assert flux_shift(4096) == pytest.approx(3.158193, abs=5e-7)
-    grid = times(4, flux_shift(4096))
+    grid = FlowConfig().grid(4, flux_shift(4096))
     torch.testing.assert_close(grid.tolist(), [1.0, 0.904531, 0.759511, 0.512844, 0.0], rtol=0, atol=5e-7)
 
 
