@@ -13,6 +13,8 @@ from stack.flow.guidance import GuidanceConfig
 from stack.flow.process import MARGIN, FlowConfig, NetworkFn
 from stack.flow.samplers import NoiseFn
 
+STOCHASTIC = ("ddpm", "euler_maruyama", "predictor_corrector", "langevin")
+
 
 class SolverConfig(Config):
     """A solver of `solvers` or `samplers`, and its grid of times. ddpm is ddim with eta = 1."""
@@ -39,6 +41,11 @@ class SolverConfig(Config):
 
     def check(self, flow: FlowConfig) -> None:
         """UserError where the solver cannot sample what `flow` describes."""
+        if flow.coupling.kind == "paired" and (self.solver in STOCHASTIC or (self.solver == "ddim" and self.eta > 0)):
+            raise UserError(
+                f"solver {self.solver} adds noise, and with coupling.kind=paired there is none at any t: take one of "
+                "the probability-flow ODE, euler or heun"
+            )
         if self.solver == "langevin" and not flow.path.explodes:
             raise UserError(
                 f"solver langevin wants path.kind ve or edm, got {flow.path.kind}: it starts each level at the sample "

@@ -76,8 +76,9 @@ class FlowConfig(Config):
     coupling: CouplingConfig = CouplingConfig()
 
     def times(self, draws: Draws, batch_size: int) -> Tensor:
-        """The times at which to train the samples of `draws`, of a global batch of `batch_size`; float32 [B]."""
-        return self.path.admitted(self.timesteps.draw(draws, batch_size, self.path))
+        """The times at which to train the samples of `draws`, of a global batch of `batch_size`: within the span, since
+        a network is asked nowhere else, and weights are without bound at a path's end. Float32 [B]."""
+        return self.path.admitted(self.timesteps.draw(draws, batch_size, self.path).clamp(*self.span))
 
     def validation_times(self, positions: Sequence[int]) -> Tensor:
         """One level a sample, i/8 of the span with i its place in the held-out set modulo 8; float32 [B].

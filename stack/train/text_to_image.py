@@ -126,6 +126,10 @@ class TextToImage:
         _check_model(config.model, compute, init, manifest.latent_channels, data.folder)
         if config.coupling.kind == "paired":
             raise UserError("objective.coupling.kind=paired: latents have no second image to begin with")
+        config.preview.check(config)
+        for key, none in (("autoguidance", 1), ("classifier", 0)):
+            if getattr(config.preview.guidance, key) != none:
+                raise UserError(f"objective.preview.guidance.{key}: a training has nothing that it would scale")
         self._config, self._batch_size = config, data.config.batch_size
         for side in (*manifest.buckets, config.preview.size):
             check_size(config.model, manifest.latent_factor, side)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from stack.config import UserError, validate
 from stack.flow import samplers
+from stack.flow.coupling import CouplingConfig
 from stack.flow.draw import SolverConfig, draw
 from stack.flow.noise import NoisePlan
 from stack.flow.path import EDM, VE, VP, Conical, Linear
@@ -81,6 +82,14 @@ def test_single_precision_stays(mixture, solver: str) -> None:
     exact = draw(flow, flow.predictor(mixture.network(flow)), noise_of([0, 1]), config_of(solver))
     assert exact.dtype == torch.float64
     assert x0.isfinite().all()
+
+
+def test_a_flow_between_data_is_not_sampled_with_noise() -> None:
+    flow = FlowConfig(coupling=CouplingConfig(kind="paired"))
+    SolverConfig(solver="ddim").check(flow)
+    for config in (SolverConfig(solver="ddim", eta=0.5), SolverConfig(solver="euler_maruyama")):
+        with pytest.raises(UserError, match=r"adds noise, and with coupling\.kind=paired there is none"):
+            config.check(flow)
 
 
 def test_langevin_wants_an_exploding_path(mixture) -> None:

@@ -99,6 +99,15 @@ def test_grids_stay_where_the_network_says_both() -> None:
     assert (grid.diff() < 0).all()
 
 
+def test_times_stay_in_the_span_where_weights_are_finite() -> None:
+    weight = WeightConfig(kind="velocity")
+    flow = FlowConfig(prediction="x", timesteps=TimestepConfig(kind="log_normal", std=30.0), weight=weight)
+    t = flow.times(NoisePlan(0).at(0, range(256)), 256)
+    assert (t.min(), t.max()) == (torch.tensor(1e-3), 1)
+    example = flow.example(torch.zeros(256, 2), torch.zeros(256, 2), t)
+    assert torch.isfinite(example.weight_B).all()
+
+
 def test_a_discrete_path_is_trained_at_its_steps() -> None:
     t = FlowConfig(path=DDPM(steps=100)).times(NoisePlan(0).at(0, range(64)), 64)
     torch.testing.assert_close(t * 100, (t * 100).round(), rtol=0, atol=1e-4)
