@@ -6,14 +6,15 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 import torch
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, TypeAdapter
 
-from stack.config import Config
 from stack.models.mmdit import MMDiT, MMDiTConfig
 from stack.models.unet import TextUNet, UNetConfig
 
 
 def _mmdit_unless_said(values: Any) -> Any:
+    if isinstance(values, dict) and values.get("kind") == "dit":
+        raise ValueError("kind=dit knows labels, not captions: objective.kind=class_to_image trains it")
     return {"kind": "mmdit", **values} if isinstance(values, dict) else values
 
 
@@ -23,13 +24,10 @@ NetworkConfig = Annotated[
 CaptionNetwork = MMDiT | TextUNet
 
 
-class _Holder(Config):
-    model: NetworkConfig
-
-
 def described(values: dict[str, Any]) -> MMDiTConfig | UNetConfig:
     """The configuration that a snapshot's metadata holds."""
-    return _Holder.model_validate({"model": values}).model
+    found: MMDiTConfig | UNetConfig = TypeAdapter(NetworkConfig).validate_python(values)
+    return found
 
 
 def build(config: MMDiTConfig | UNetConfig, channels: int, seed: int | None = None) -> CaptionNetwork:

@@ -112,6 +112,7 @@ def test_a_resumed_training_of_another_objective_is_exact(stage, training, histo
     [
         (("objective.coupling.kind=paired",), "latents have no second image"),
         (("objective.coupling.kind=optimal_transport", "parallel.accumulate=2"), "pairs the whole batch of 8"),
+        (("objective.model.kind=dit",), "knows labels, not captions"),
         (("objective.path.kind=straight",), "objective.path"),
         (("objective.preview.solver=langevin",), "langevin wants path.kind ve or edm, got linear"),
         (("objective.preview.guidance.autoguidance=2",), "guidance.autoguidance: a training has nothing"),
