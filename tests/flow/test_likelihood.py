@@ -171,6 +171,12 @@ def test_bits_belong_to_seed_and_number(trace: str, mixture) -> None:
         assert (bits(mixture, x0, other, **config).value_B != together.value_B).all()
 
 
+def test_more_draws_make_the_error_smaller(mixture) -> None:
+    x0, draws = mixture.draw(64), NoisePlan(0).at(0, range(64))
+    one, eight = (bits(mixture, x0, draws, trace="gaussian", probes=4, dequantizations=n).std_error_B for n in (1, 8))
+    assert float((eight.square().mean() / one.square().mean()).sqrt()) == pytest.approx(8**-0.5, rel=0.2)
+
+
 def test_bits_are_the_density_in_units_of_a_bin(mixture) -> None:
     x0, draws = mixture.draw(8), NoisePlan(0).at(0, range(8))
     found = bits(mixture, x0, draws, steps=100, levels=256, trace="exact")
