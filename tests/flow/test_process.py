@@ -90,9 +90,10 @@ def test_an_exploding_input_is_scaled_to_variance_one(path: Path) -> None:
 
 def test_grids_stay_where_the_network_says_both() -> None:
     assert FlowConfig().span == (0, 1)
-    assert FlowConfig(prediction="eps").span == (0, 0.999)
+    assert FlowConfig(prediction="eps").span == pytest.approx((0, 50 / 51))
+    assert FlowConfig(path=DDPM(), prediction="eps").span == DDPM().span
     assert FlowConfig(prediction="x").span == (0.001, 1)
-    assert FlowConfig(prediction="score").span == (0.001, 0.999)
+    assert FlowConfig(prediction="score").span == pytest.approx((0.001, 50 / 51))
     assert FlowConfig(path=VP(), prediction="x").span == VP().span
     grid = FlowConfig(path=DDPM()).grid(10, shift=2.0)
     assert (grid[0], grid[-1]) == (1, 0.001)
