@@ -85,8 +85,8 @@ class ClassToImage:
         return Losses(loss_B.mean(), by_time=(loss_B, t_B))
 
     def validate(self, network: nn.Module, batch: ImageBatch, draws: Draws) -> Tensor:
-        t_B = self._config.validation_times(batch.positions).to(batch.image_BCHW.device)
-        example = self._config.example(batch.image_BCHW, self._end(batch, draws, None), t_B)
+        end_BCHW = self._end(batch, draws, None)
+        example = self._config.validation_example(batch.image_BCHW, end_BCHW, batch.positions)
         return self._loss_B(network, example, self._label_B(batch))
 
     def bits_per_dim(
