@@ -72,7 +72,7 @@ def command(
 
 
 def _label(text: str) -> int:
-    if not text.isdigit():
+    if not text.isdecimal():  # isdigit knows ², int does not
         raise click.BadParameter(f"{text!r} is no label: this run knows classes, 0, 1, …", param_hint="PROMPT")
     return int(text)
 
@@ -81,6 +81,6 @@ def _sides(size: str | None) -> tuple[int, int] | None:
     if size is None:
         return None
     width, _, height = size.partition("x")
-    if not (width.isdigit() and height.isdigit()):
+    if not (width.isdecimal() and height.isdecimal()):
         raise click.BadParameter(f"{size!r} is not of the form WIDTHxHEIGHT", param_hint="--size")
     return int(width), int(height)

@@ -8,6 +8,7 @@ eval.jsonl                a line a result, gathered from them
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Sequence
 from contextlib import closing
@@ -111,7 +112,11 @@ class Evaluator:
         objective = self._trained.objective
         pixels = isinstance(objective, ClassToImageConfig) and objective.coupling.kind != "paired"
         if asked.nll.images and not pixels:
-            raise UserError(f"{run}: a {objective.kind} run has no bits a dimension: they are of noise made pixels")
+            raise UserError(
+                f"{run}: a run of kind {objective.kind!r} has no bits a dimension: noise made pixels has them"
+            )
+        if asked.nll.images and next(iter(self._data.validation(1)), None) is None:
+            raise UserError(f"{run}: no samples are held out to take bits a dimension of; see data.validation_share")
         if asked.scenes or asked.samples:
             if not isinstance(objective, TextToImageConfig):
                 raise UserError(f"{run}: a run of kind {objective.kind!r} does not draw images from prompts")
@@ -209,7 +214,7 @@ class Evaluator:
         bits_N, trace_N = (torch.cat(values)[: asked.images].cpu() for values in zip(*found, strict=True))
         return {
             "bits_per_dim": float(bits_N.mean()),
-            "bits_per_dim_error": float(bits_N.std() / len(bits_N) ** 0.5),
+            "bits_per_dim_error": float(bits_N.std() / len(bits_N) ** 0.5) if len(bits_N) > 1 else math.nan,
             "bits_per_dim_trace_error": float(trace_N.square().mean().sqrt() / len(trace_N) ** 0.5),
             "nll_images": len(bits_N),
         }

@@ -66,8 +66,8 @@ def draw_labels(
     if wrong := [label for label in labels if not 0 <= label < max(config.classes, 1)]:
         raise UserError(f"label {wrong[0]}: {run} has labels from 0 to {max(config.classes, 1) - 1}")
     weak = None if weak_step is None else class_to_image.load(run, device, weak_step)[0]
-    classifier = class_to_image.classifier_of(how.classifier, config, device)
     snap = snapshot.read(run, step)
+    classifier = class_to_image.classifier_of(how.classifier, config, snap.metadata["channels"], device)
     (width, height), images = snap.metadata["sides"][0], []
     for start in range(0, len(labels), BATCH):
         rows = range(start, min(start + BATCH, len(labels)))

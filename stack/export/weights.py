@@ -111,6 +111,8 @@ def _stack(snap: snapshot.Snapshot, out: Path, dtype: torch.dtype) -> None:
 
 def _subject(run: Path, snap: snapshot.Snapshot) -> Subject:
     """UserError where an encoder is not the one of the training, or the objective not that of SD3 and FLUX."""
+    if snap.metadata["kind"] != "text_to_image":
+        raise UserError(f"{run}: a run of kind {snap.metadata['kind']!r} has no form of others: export with --to stack")
     flow = FlowConfig(**snap.metadata["flow"])
     if (flow.path.kind, flow.prediction) != ("linear", "velocity"):
         raise UserError(

@@ -29,9 +29,9 @@ class SolverConfig(Config):
     """Resolution shift of the time grid."""
     eta: float = Field(default=0.0, ge=0, le=1)
     """Of ddim: the share of DDPM's noise that each step adds."""
-    rtol: PositiveFloat = 1e-5
-    atol: PositiveFloat = 1e-5
-    """Tolerances of dopri5, relative and absolute."""
+    rtol: float = Field(default=1e-5, ge=1e-7)
+    atol: float = Field(default=1e-5, ge=1e-7)
+    """Tolerances of dopri5, relative and absolute; what float32 cannot resolve would take steps without end."""
     snr: PositiveFloat = 0.16
     corrections: PositiveInt = 1
     """Of predictor_corrector: r of the Langevin step size, and how many such steps follow one of the SDE."""
@@ -61,8 +61,10 @@ class GuidedConfig(SolverConfig):
 
     @field_validator("guidance", mode="before")
     @classmethod
-    def _scale_alone(cls, given: Any) -> Any:
-        return {"scale": given} if isinstance(given, int | float) else given
+    def _fill_scale(cls, given: Any) -> Any:
+        if isinstance(given, int | float):
+            return {"scale": given}
+        return {"scale": cls.model_fields["guidance"].default.scale, **given} if isinstance(given, dict) else given
 
 
 def draw(

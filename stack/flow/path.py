@@ -160,8 +160,8 @@ class DDPM(Path):
 
     kind: Literal["ddpm"] = "ddpm"
     steps: PositiveInt = 1000
-    beta_first: PositiveFloat = 1e-4
-    beta_last: PositiveFloat = 0.02
+    beta_first: float = Field(default=1e-4, gt=0, lt=1)
+    beta_last: float = Field(default=0.02, gt=0, lt=1)
     schedule: Literal["linear", "scaled_linear"] = "linear"
 
     @property

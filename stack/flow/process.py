@@ -100,6 +100,11 @@ class FlowConfig(Config):
         p, q = (per_sample(value, x0) for value in self._output(c))
         return Example(self.path.noised(x0, eps, t_B), t_B, p * x0 + q * eps, self._weight(t_B, c).to(x0.dtype))
 
+    def validation_example(self, x0: Tensor, eps: Tensor, positions: Sequence[int]) -> Example:
+        """`example` at `validation_times`. They are even, so that the weight elbo counts by no density."""
+        even = self.model_copy(update={"timesteps": TimestepConfig(kind="uniform")})
+        return even.example(x0, eps, self.validation_times(positions).to(x0.device))
+
     def loss_B(self, output: Tensor, example: Example) -> Tensor:
         """w(t)·mean square of each sample's error, in float32."""
         error = (output.float() - example.target.float()).square().flatten(1).mean(1)
@@ -141,10 +146,10 @@ class FlowConfig(Config):
 
     @cached_property
     def span(self) -> tuple[float, float]:
-        """Times, nearest to data and to noise, between which the network says both of them well."""
+        """Times, nearest to data and to noise, between which the network says both well, and the weight elbo is finite."""
         first, last = self.path.span
         ends = self.path.at(torch.tensor([first, last], dtype=torch.float64))
-        if ends.b[0] == 0 and self.prediction in ("x", "score"):
+        if ends.b[0] == 0 and (self.prediction in ("x", "score") or self.weight.kind == "elbo"):
             first = MARGIN
         vanishes = not self.path.explodes and ends.b[1] > MAX_RATIO * ends.a[1]
         if vanishes and self.prediction in ("eps", "score"):

@@ -58,8 +58,11 @@ class ClassToImage:
         self._channels, self._sides = data.channels, list(data.sides)
         network = labelled.build(config.model, self._channels, self._sides, config.classes, seed)
         self.network: nn.Module = network
-        self._classifier = classifier_of(config.preview.classifier, config, device)
+        self._classifier = classifier_of(config.preview.classifier, config, self._channels, device)
         self._shown = next(iter(data.validation(config.preview.count)), None) if _paired(config) else None
+        if _paired(config) and self._shown is None:
+            raise UserError("objective.coupling.kind=paired is shown on held-out pairs, and there are none: raise "
+                            "data.validation_share")  # fmt: skip
 
     def _label_B(self, batch: ImageBatch) -> Tensor:
         none_B = torch.full((len(batch.keys),), self._config.classes, device=batch.image_BCHW.device)
@@ -85,8 +88,8 @@ class ClassToImage:
         return Losses(loss_B.mean(), by_time=(loss_B, t_B))
 
     def validate(self, network: nn.Module, batch: ImageBatch, draws: Draws) -> Tensor:
-        t_B = self._config.validation_times(batch.positions).to(batch.image_BCHW.device)
-        example = self._config.example(batch.image_BCHW, self._end(batch, draws, None), t_B)
+        end_BCHW = self._end(batch, draws, None)
+        example = self._config.validation_example(batch.image_BCHW, end_BCHW, batch.positions)
         return self._loss_B(network, example, self._label_B(batch))
 
     def bits_per_dim(
@@ -129,13 +132,21 @@ class ClassToImage:
         }
 
 
-def classifier_of(run: Path | None, config: ClassToImageConfig, device: torch.device) -> ClassifierFn | None:
-    """The noisy classifier that `run` has trained; UserError where that was on another path."""
+def classifier_of(
+    run: Path | None, config: ClassToImageConfig, channels: int, device: torch.device
+) -> ClassifierFn | None:
+    """The noisy classifier that `run` has trained; UserError where that was on another path, or on other images."""
     if run is None:
         return None
     log_probabilities, trained = load_classifier(run, device)
     if trained.path != config.path:
         raise UserError(f"{run}: a classifier of the path {trained.path}, and objective.path is {config.path}")
+    seen = snapshot.read(run).metadata["channels"]
+    if seen != channels or trained.classes < config.classes:
+        raise UserError(
+            f"{run}: a classifier of {trained.classes} classes in images of {seen} channels, wanted are "
+            f"{config.classes} and {channels}"
+        )
     return log_probabilities
 
 

@@ -190,9 +190,9 @@ class TextToImage:
 
     def validate(self, network: nn.Module, batch: LatentBatch, draws: Draws) -> Tensor:
         latent_BCHW = self._latent(batch, draws)
-        t_B = self._config.validation_times(batch.positions).to(latent_BCHW.device)
         noise_BCHW = self._config.coupling.noise(latent_BCHW, draws, None)
-        return self._loss_B(network, batch, self._config.example(latent_BCHW, noise_BCHW, t_B))[0]
+        example = self._config.validation_example(latent_BCHW, noise_BCHW, batch.positions)
+        return self._loss_B(network, batch, example)[0]
 
     def preview(self, network: nn.Module) -> Image:
         assert isinstance(network, CaptionNetwork)

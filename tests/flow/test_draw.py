@@ -133,3 +133,5 @@ def test_keys() -> None:
         validate(SolverConfig, {"solver": "ddim", "eta": 1.5}, "x.yaml")
     with pytest.raises(UserError, match=r"solver: .*dpm_solver_pp_2m"):
         validate(SolverConfig, {"solver": "dpm++"}, "x.yaml")
+    with pytest.raises(UserError, match=r"rtol: .* greater than or equal to 0\.0000001"):
+        validate(SolverConfig, {"solver": "dopri5", "rtol": 1e-14}, "x.yaml")

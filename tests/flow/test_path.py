@@ -99,5 +99,7 @@ def test_the_dtype_is_that_of_the_data() -> None:
 def test_levels_in_the_wrong_order_are_refused() -> None:
     with pytest.raises(UserError, match=r"sigma_min 3\.0 must be below sigma_max 2\.0"):
         load(FlowConfig, overrides=["path.kind=ve", "path.sigma_min=3", "path.sigma_max=2"])
+    with pytest.raises(UserError, match=r"beta_last: .* less than 1"):
+        load(FlowConfig, overrides=["path.kind=ddpm", "path.beta_last=1"])
     with pytest.raises(UserError, match="path"):
         load(FlowConfig, overrides=["path.kind=straight"])

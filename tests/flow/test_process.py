@@ -113,3 +113,16 @@ def test_a_discrete_path_is_trained_at_its_steps() -> None:
     t = FlowConfig(path=DDPM(steps=100)).times(NoisePlan(0).at(0, range(64)), 64)
     torch.testing.assert_close(t * 100, (t * 100).round(), rtol=0, atol=1e-4)
     assert 0 < t.min() < t.max() <= 1
+
+
+@pytest.mark.parametrize("path", [Linear(), VP(), Cosine(), DDPM(), EDM()], ids=str)
+def test_validation_of_the_bound_is_over_even_times(path: Path) -> None:
+    """Times drawn seldom weigh much in training; over a logit-normal's density they would be all of it, at 1e10."""
+    flow = FlowConfig(path=path, prediction="v", weight=WeightConfig(kind="elbo"))
+    example = flow.validation_example(torch.zeros(8, 2), torch.zeros(8, 2), range(8))
+    torch.testing.assert_close(example.t_B, flow.validation_times(range(8)))
+    even = flow.model_copy(update={"timesteps": TimestepConfig(kind="uniform")})
+    expected = even.example(torch.zeros(8, 2), torch.zeros(8, 2), example.t_B).weight_B
+    torch.testing.assert_close(example.weight_B, expected)
+    assert torch.isfinite(example.weight_B).all()
+    assert FlowConfig(weight=WeightConfig(kind="elbo")).span == (0.001, 1)

@@ -169,6 +169,7 @@ def test_pairs_begin_with_their_second_image(objective, dataset, labelled):
             r"needs a classifier's run in objective\.preview\.classifier",
         ),
         ({}, {"coupling": {"kind": "paired"}}, "give both or neither"),
+        ({"paired": "paired", "validation_share": 0}, {"coupling": {"kind": "paired"}}, "shown on held-out pairs"),
         ({"paired": "paired"}, {}, "give both or neither"),
         ({"paired": "paired"}, {"coupling": {"kind": "paired"}, "path": {"kind": "vp"}}, "takes it for normal"),
         ({"paired": "paired"}, {"coupling": {"kind": "paired"}, "prediction": "score"}, "takes it for normal"),
@@ -178,7 +179,7 @@ def test_pairs_begin_with_their_second_image(objective, dataset, labelled):
 )
 def test_what_does_not_go_together_says_why(objective, labelled, data, keys, message):
     if "paired" in data:
-        data = {"paired": str(labelled / data["paired"])}
+        data = {**data, "paired": str(labelled / data["paired"])}
     with pytest.raises(UserError, match=message):
         objective(data, **keys)
 
@@ -231,9 +232,14 @@ def test_a_snapshot_is_drawn_and_judged_by_its_commands(recipe, tmp_path, mmdit)
         assert done.returncode == 0, done.stderr
         means[name] = np.asarray(Image.open(tmp_path / f"{name}.png")).mean()
     assert means["0"] < 127 < means["1"]
-    for given, message in (("2", "has labels from 0 to 1"), ("bright", "is no label")):
+    for given, message in (("2", "has labels from 0 to 1"), ("bright", "is no label"), ("²", "is no label")):
         done = mmdit("sample", run, given)
         assert (done.returncode, message in done.stderr) == (2, True)
+
+    done = mmdit("export", run, "-o", tmp_path / "exported", "--to", "diffusers")
+    assert (done.returncode, "a run of kind 'class_to_image' has no form of others" in done.stderr) == (2, True)
+    done = mmdit("evaluate", run, "data.validation_share=0", "--nll", 4)
+    assert (done.returncode, "no samples are held out to take bits a dimension of" in done.stderr) == (2, True)
 
     options = ("--nll", 4, "--nll-set", "steps=20")
     exact = mmdit("evaluate", run, *options, "--nll-set", "trace=exact")
@@ -292,6 +298,10 @@ def test_a_preview_is_guided_by_a_classifier_of_its_own_path(objective, dataset,
     assert (sheets[0] != sheets[1]).any()
     with pytest.raises(UserError, match=r"a classifier of the path .*linear.*, and objective\.path is .*vp"):
         objective(path={"kind": "vp"}, preview=preview)
+    with pytest.raises(UserError, match=r"a classifier of 2 classes in images of 1 channels, wanted are 2 and 3"):
+        objective(data={"channels": 3}, preview=preview)
+    with pytest.raises(UserError, match=r"a classifier of 2 classes .*, wanted are 3 and 1"):
+        objective(classes=3, preview=preview)
 
 
 def test_a_run_of_another_kind_is_refused(tmp_path):
