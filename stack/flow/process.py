@@ -146,7 +146,7 @@ class FlowConfig(Config):
 
     @cached_property
     def span(self) -> tuple[float, float]:
-        """Times, nearest to data and to noise, between which the network says both well, and the weight elbo is finite."""
+        """Times, nearest to data and to noise, between which the network says both well and elbo is finite."""
         first, last = self.path.span
         ends = self.path.at(torch.tensor([first, last], dtype=torch.float64))
         if ends.b[0] == 0 and (self.prediction in ("x", "score") or self.weight.kind == "elbo"):
