@@ -1,8 +1,9 @@
 """What is learnt: a path from data to noise, what the network says of it, at which times, and how errors count.
 
-A network is any callable (x [B, …], t [B]) → output of the shape of x. Its output is the `prediction` itself, with two
-exceptions that keep its input and output of the order of one: on an exploding path it is given x/√(σ_data² + b²) (c_in
-of EDM, arXiv 2206.00364, table 1), and for a score it says b·score (NCSNv2, arXiv 2006.09011, §3.3).
+A network is any callable (x [B, …], t [B]) → output of the shape of x. Its output is the `prediction` itself, with
+three exceptions that keep its input and output of the order of one: for a score it says b·score (NCSNv2, arXiv
+2006.09011, §3.3); on an exploding path it is given x/√(σ_data² + b²) (c_in of EDM, arXiv 2206.00364, table 1), and for
+a velocity it says velocity/b'.
 
 Losses are mean squares of the network's error, times a weight. At one x_t the errors of all predictions are multiples
 of each other: with y = p·x_0 + q·ε the error of y is D_y = a·q − b·p times one common quantity. So a loss on another
@@ -116,7 +117,9 @@ class FlowConfig(Config):
         def predict(x: Tensor, t_B: Tensor) -> Tensor:
             c = self.path.at(t_B).like(x)
             output = network(x * self.input_scale(t_B, x), t_B).to(x.dtype)
-            return output / c.b if self.prediction == "score" else output
+            if self.prediction == "score":
+                return output / c.b
+            return c.db * output if self._over_rate else output
 
         return predict
 
@@ -173,7 +176,12 @@ class FlowConfig(Config):
         """p and q of the network's output."""
         if self.prediction == "score":
             return c.a * 0, c.a * 0 - 1
-        return target_weights(self.prediction, c, self.sigma_data)
+        p, q = target_weights(self.prediction, c, self.sigma_data)
+        return (p / c.db, q / c.db) if self._over_rate else (p, q)
+
+    @property
+    def _over_rate(self) -> bool:
+        return self.path.explodes and self.prediction == "velocity"
 
     def _weight(self, t_B: Tensor, c: Coefficients) -> Tensor:
         """[B], float64."""

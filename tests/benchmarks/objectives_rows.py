@@ -56,7 +56,7 @@ def weight_of(path: str, prediction: Prediction) -> str:
     """The network's own mean square, as in the papers, where its output is of the order of one at all times."""
     if prediction == "x":
         return "min_snr"
-    if path in ("ve", "edm") and prediction in ("v", "velocity"):
+    if path in ("ve", "edm") and prediction == "v":
         return "edm"
     return "prediction"
 

@@ -88,6 +88,16 @@ def test_an_exploding_input_is_scaled_to_variance_one(path: Path) -> None:
         assert float(flow.example(x0, eps, t_B).target.std()) == pytest.approx(1, abs=0.03)
 
 
+@pytest.mark.parametrize("path", [VE(), EDM()], ids=str)
+def test_an_exploding_velocity_is_said_over_its_rate(path: Path) -> None:
+    """b' goes through five orders of magnitude, which no network's output does."""
+    flow = FlowConfig(path=path, prediction="velocity")
+    example = flow.example(X0, EPS, T)
+    torch.testing.assert_close(example.target, EPS)
+    said = flow.predictor(lambda x, t: example.target)(example.x_t, T)
+    torch.testing.assert_close(said, path.at(T).like(X0).db * EPS)
+
+
 def test_grids_stay_where_the_network_says_both() -> None:
     assert FlowConfig().span == (0, 1)
     assert FlowConfig(prediction="eps").span == pytest.approx((0, 50 / 51))
