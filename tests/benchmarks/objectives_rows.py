@@ -53,7 +53,8 @@ def times_of(path: str) -> dict[str, Any]:
 
 
 def weight_of(path: str, prediction: Prediction) -> str:
-    """The network's own mean square, as in the papers, where its output is of the order of one at all times."""
+    """The network's own mean square, as in the papers, but for two: x-predictions have min-SNR's weight (arXiv
+    2303.09556), and v, which grows with b where a stays 1, EDM's."""
     if prediction == "x":
         return "min_snr"
     if path in ("ve", "edm") and prediction == "v":
