@@ -79,6 +79,15 @@ def synth(out: Path, overrides: tuple[str, ...]) -> None:
 
 
 @command.command()
+@click.argument("out", type=click.Path(path_type=Path))
+def digits(out: Path) -> None:
+    """Write shards of scikit-learn's handwritten digits (8×8 pixels, grey, with labels) into OUT."""
+    from stack.data.digits import write_shards
+
+    click.echo(f"{out}: {write_shards(out):,} digits")
+
+
+@command.command()
 @click.argument("shards")
 @_folders
 def index(shards: str, folder: Path | None, cache: Path | None) -> None:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import click
 
+from launch.sampling import options
+
 
 @click.command("evaluate")
 @click.argument("run", type=click.Path(path_type=Path))
@@ -20,6 +22,11 @@ import click
     show_default=True,
     help="With --watch: hours without a sign of the training after which to give up.",
 )
+@click.option(
+    "--nll", default=0, show_default=True, help="Bits a dimension of so many held-out images, for models of pixels."
+)
+@click.option("--nll-set", multiple=True, metavar="KEY=VALUE", help="How they are estimated: levels=17, trace=exact,"
+              " probes=4, dequantizations=2, steps=100.")  # fmt: skip
 @click.option("--scenes", default=0, show_default=True, help="Judge so many samples of each kind of drawn scene.")
 @click.option("--samples", default=0, show_default=True, help="Draw so many samples for the held-out captions.")
 @click.option("--inception", type=click.Path(path_type=Path), help="InceptionV3's weights: FID and KID of the samples.")
@@ -28,11 +35,7 @@ import click
 @click.option(
     "--clip", type=click.Path(path_type=Path), help="Folder of an open_clip model: CLIP score of the samples."
 )
-@click.option(
-    "--steps", type=int, help="Solver steps; as in the run's own sample grids if not given, like the next two."
-)
-@click.option("--guidance", type=float, help="Classifier-free guidance; 1 is none.")
-@click.option("--shift", type=float, help="Resolution shift of the time grid.")
+@options
 @click.option("--seed", default=0, show_default=True)
 @click.option("--batch-size", type=click.IntRange(min=1), default=64, show_default=True)
 def command(
@@ -41,13 +44,12 @@ def command(
     step: int | None,
     watch: bool,
     patience: float,
-    steps: int | None,
-    guidance: float | None,
-    shift: float | None,
+    nll: int,
+    nll_set: tuple[str, ...],
     **asked: object,
 ) -> None:
-    """Validation loss of RUN at t = i/8 on fixed noise and, if asked for, FID, KID and CLIP score of samples and the
-    accuracy on drawn scenes.
+    """Validation loss of RUN at t = i/8 on fixed noise and, if asked for, bits a dimension, FID, KID and CLIP score of
+    samples, and the accuracy on drawn scenes.
 
     RUN/eval.jsonl has a line for each snapshot and settings; this one is printed as JSON. OVERRIDES are dotted keys of
     the run's configuration: where its data has moved (data.path=PATH), or has a URL with a password, which is not kept.
@@ -55,8 +57,7 @@ def command(
     With --watch, RUN need not exist yet. Start it several times on a shared folder to share the work. Exit code 85:
     stopped by a signal; the same command goes on. Exit code 1: a snapshot could not be evaluated.
     """
-    given = {"steps": steps, "guidance": guidance, "shift": shift}
-    asked["sampling"] = {key: value for key, value in given.items() if value is not None}
+    asked["nll"] = {"images": nll, **dict(pair.partition("=")[::2] for pair in nll_set)}
     if watch:
         _watch(run, step, asked, overrides, patience)
         return

@@ -6,33 +6,32 @@ from pathlib import Path
 
 import click
 
+from launch.sampling import options
+
 
 @click.command("sample")
 @click.argument("run", type=click.Path(path_type=Path))
 @click.argument("prompt", required=False)
 @click.option("--prompts", type=click.Path(path_type=Path), help="A text file, one prompt a line: a grid is drawn.")
 @click.option("-o", "--out", type=click.Path(path_type=Path), default=Path("sample.png"), show_default=True)
-@click.option("--steps", type=int, help="Solver steps.")
-@click.option("--solver", type=click.Choice(["euler", "heun"]))
-@click.option("--guidance", type=float, help="Classifier-free guidance; 1 is none.")
-@click.option("--shift", type=float, help="Resolution shift of the time grid.")
+@options
 @click.option("--seed", default=0, show_default=True)
 @click.option("--size", help="WIDTHxHEIGHT in pixels.")
 @click.option("--step", type=int, help="Snapshot of this training step; the newest if not given.")
+@click.option("--weak", type=int, help="Step of the snapshot that guidance.autoguidance leads away from.")
 def command(
     run: Path,
     prompt: str | None,
     prompts: Path | None,
     out: Path,
-    steps: int | None,
-    solver: str | None,
-    guidance: float | None,
-    shift: float | None,
     seed: int,
     size: str | None,
     step: int | None,
+    weak: int | None,
+    sampling: tuple[str, ...],
 ) -> None:
-    """Draw an image for PROMPT (or a grid for a file of prompts) with the averaged weights of RUN.
+    """Draw an image for PROMPT (or a grid for a file of prompts) with the averaged weights of RUN. Of a run that knows
+    classes, a PROMPT is a label.
 
     What is not given is as in the run's own sample grids.
     """
@@ -40,35 +39,48 @@ def command(
     from PIL import Image
 
     from stack import dist
-    from stack.config import UserError, validate
-    from stack.evaluate.sample import load_sampler
+    from stack.config import UserError, load
+    from stack.evaluate.sample import draw_labels, load_sampler
     from stack.files import publish
+    from stack.train import snapshot
     from stack.train.pictures import contact_sheet
     from stack.train.sampler import SamplerConfig
 
     if (prompt is None) == (prompts is None):
         raise UserError("give either a PROMPT or --prompts FILE")
+    kind = snapshot.read(run, step).metadata["kind"]
     texts = [prompt] if prompt is not None else []
     if prompts is not None:
         texts = [line.strip() for line in prompts.read_text().splitlines() if line.strip()]
     if not texts:
         raise UserError(f"{prompts}: holds no prompt")
-    sampler, encoders, snap = load_sampler(run, dist.device(), step)
-    asked = {"solver": solver, "steps": steps, "guidance": guidance, "shift": shift, "size": _sides(size)}
-    values = snap.metadata["sampling"] | {key: value for key, value in asked.items() if value is not None}
-    width, height = values.pop("size")
-    config = validate(SamplerConfig, values, "options")
-    images = sampler.sample(encoders.encode(texts), (width, height), config, range(len(texts)), seed)
+    if kind == "class_to_image":
+        if size is not None:
+            raise UserError("--size: images of labels have the size of the training's")
+        images, drawn_step = draw_labels(run, [_label(text) for text in texts], sampling, seed, step, weak)
+    else:
+        sampler, encoders, snap = load_sampler(run, dist.device(), step, weak)
+        values, drawn_step = dict(snap.metadata["sampling"]), snap.step
+        width, height = _sides(size) or values["size"]
+        del values["size"]
+        config = load(SamplerConfig, values, sampling)
+        images = sampler.sample(encoders.encode(texts), (width, height), config, range(len(texts)), seed)
     picture = contact_sheet(images, texts) if prompts is not None else Image.fromarray(np.asarray(images[0]))
     with publish(out) as temporary:
         picture.save(temporary, format=Image.registered_extensions().get(out.suffix.lower(), "PNG"))
-    click.echo(f"{out}: {len(texts)} image{'s' * (len(texts) > 1)}, snapshot of step {snap.step}")
+    click.echo(f"{out}: {len(texts)} image{'s' * (len(texts) > 1)}, snapshot of step {drawn_step}")
+
+
+def _label(text: str) -> int:
+    if not text.isdecimal():  # isdigit knows ², int does not
+        raise click.BadParameter(f"{text!r} is no label: this run knows classes, 0, 1, …", param_hint="PROMPT")
+    return int(text)
 
 
 def _sides(size: str | None) -> tuple[int, int] | None:
     if size is None:
         return None
     width, _, height = size.partition("x")
-    if not (width.isdigit() and height.isdigit()):
+    if not (width.isdecimal() and height.isdecimal()):
         raise click.BadParameter(f"{size!r} is not of the form WIDTHxHEIGHT", param_hint="--size")
     return int(width), int(height)

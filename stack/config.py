@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -42,15 +42,19 @@ class Config(pydantic.BaseModel):
 C = TypeVar("C", bound=Config)
 
 
-def load(schema: type[C], path: str | Path | None = None, overrides: Sequence[str] = ()) -> C:
-    """Read `path` (and the files it names under `base:`), apply `a.b=value` overrides, validate.
+def load(schema: type[C], source: str | Path | Mapping[str, Any] | None = None, overrides: Sequence[str] = ()) -> C:
+    """Read the file `source` (and those it names under `base:`), or take values, apply `a.b=value` overrides, validate.
 
     Raises UserError naming the file or key, and the nearest known key for an unknown one.
     """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    merged: Any = _read(Path(path).resolve(), ()) if path is not None else OmegaConf.create({})
+    merged: Any
+    if isinstance(source, str | Path):
+        name, merged = str(source), _read(Path(source).resolve(), ())
+    else:
+        name, merged = "overrides", OmegaConf.create(dict(source or {}))
     for override in overrides:
         key, equals, _ = override.partition("=")
         if not equals or not key:
@@ -60,8 +64,7 @@ def load(schema: type[C], path: str | Path | None = None, overrides: Sequence[st
             merged = OmegaConf.merge(merged, OmegaConf.from_dotlist([override]))
         except (OmegaConfBaseException, yaml.YAMLError) as error:
             raise UserError(redact(f"override {override!r}: {_first_line(error)}")) from None
-    source = str(path) if path is not None else "overrides"
-    return validate(schema, OmegaConf.to_container(merged, resolve=False), source)
+    return validate(schema, OmegaConf.to_container(merged, resolve=False), name)
 
 
 def _read(path: Path, above: tuple[Path, ...]) -> Any:

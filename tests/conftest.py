@@ -96,7 +96,7 @@ class Stage:
             "run": {"dir": str(self.folder / name)},
             "data": {"kind": "latents", "path": str(self.encoded), "batch_size": 8, "max_validation": 8},
             "objective": {
-                "kind": "rectified_flow",
+                "kind": "text_to_image",
                 "model": {"preset": "mmdit-test", "context_dim": 128, "pooled_dim": 128},
                 "autoencoder": str(self.codec),
                 "text": {key: str(self.encoders / key) for key in ("t5", "clip_l", "clip_g")},

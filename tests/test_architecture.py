@@ -50,21 +50,25 @@ def test_imports_point_one_way(path):
 
 
 @pytest.mark.parametrize(
-    ("module", "home"),
+    ("module", "homes"),
     [
-        ("deepspeed", "stack/parallel/zero.py"),
-        ("transformers", "stack/text/encoders.py"),
-        ("open_clip", "stack/text/encoders.py"),
-        ("diffusers", "autoencoders/codec.py"),
-        ("wandb", "stack/log.py"),
-        ("submitit", "launch/submit.py"),
-        ("triton", "stack/nn/kernels/fused.py"),
-        ("torch_fidelity", "stack/evaluate/metrics.py"),
+        ("deepspeed", {"stack/parallel/zero.py"}),
+        ("transformers", {"stack/text/encoders.py"}),
+        ("open_clip", {"stack/text/encoders.py"}),
+        (
+            "diffusers",
+            {"autoencoders/codec.py", *(f"stack/models/{name}.py" for name in ("dit", "unet", "classifier"))},
+        ),
+        ("wandb", {"stack/log.py"}),
+        ("submitit", {"launch/submit.py"}),
+        ("triton", {"stack/nn/kernels/fused.py"}),
+        ("torch_fidelity", {"stack/evaluate/metrics.py"}),
+        ("sklearn", {"stack/data/digits.py"}),
     ],
 )
-def test_a_heavy_library_has_one_home(module, home):
+def test_a_heavy_library_has_few_homes(module, homes):
     users = {str(p.relative_to(ROOT)) for p in SOURCES if any(n.split(".")[0] == module for n in imports(p))}
-    assert users == {home}
+    assert users == homes
 
 
 def test_no_file_is_over_600_lines():

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from multiprocessing.process import BaseProcess
 from multiprocessing.util import Finalize
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from stack.data import latents, mlperf
 from stack.data.buckets import BucketConfig, BucketRule, unfilled
 from stack.data.images import decode_image, to_bucket
 from stack.data.index import ShardIndex
+from stack.data.partners import Partners
 from stack.data.plan import WINDOW, BatchPlan, Draw, Rows, StepSampler
 from stack.data.remote import CacheConfig, ShardCache, Stat, is_remote
 from stack.data.safety import DecodeError, Rejected, RejectLog, check_budget
@@ -74,6 +75,12 @@ class ImageData(DataConfig):
     source: Mixture
     """Raw shards: a folder, a .tar, a glob or a URL; or several with weights."""
     buckets: BucketConfig = BucketConfig(resolution=32)
+    channels: Literal[1, 3] = 3
+    """3: RGB. 1: grey."""
+    label: str | None = None
+    """Key of KEY.json under which a sample's class stands, an integer from 0; no labels are read if not given."""
+    paired: str | None = None
+    """Raw shards with a second image of each sample, of the same key: what a flow from images to images begins with."""
 
 
 @dataclass
@@ -101,9 +108,14 @@ class ImageBatch:
     keys: list[str]
     image_BCHW: Tensor
     """In −1…1."""
+    label_B: Tensor | None = None
+    """int64."""
+    paired_BCHW: Tensor | None = None
+    """The images of `data.paired`, in −1…1."""
 
     def to(self, device: torch.device) -> ImageBatch:
-        return replace(self, image_BCHW=self.image_BCHW.to(device))
+        label_B, paired_BCHW = (x if x is None else x.to(device) for x in (self.label_B, self.paired_BCHW))
+        return replace(self, image_BCHW=self.image_BCHW.to(device), label_B=label_B, paired_BCHW=paired_BCHW)
 
 
 def _leave_signals_to_the_rank(worker: int) -> None:
@@ -383,43 +395,83 @@ class LatentDataset(ShardData):
 
 
 class ImageDataset(ShardData):
-    """Raw images, resized and cropped to their buckets."""
+    """Raw images, resized and cropped to their buckets, with the labels and second images that `config` asks for.
 
-    def __init__(self, config: ImageData, seed: int, rejected: RejectLog | None = None):
+    num_classes: which a label must be below; UserError where one is not.
+    """
+
+    def __init__(self, config: ImageData, seed: int, rejected: RejectLog | None = None, num_classes: int | None = None):
         self._log = rejected
         self._listed: dict[tuple[str, str], Rejected] = {}
         self._rule = config.buckets.rule()
         self.sides = self._rule.buckets
+        self.channels, self._label, self._num_classes = config.channels, config.label, num_classes
 
         def check(source: str, shards: ShardSet) -> None:
-            if any(index.encoded or mlperf.EXTENSIONS[0] in index.extensions for index in shards.indices):
-                raise UserError(f"data.source: {redact(source)} holds pre-encoded shards; name raw ones")
+            _check_raw("source", source, shards)
+            if config.label is not None and not any("json" in index.extensions for index in shards.indices):
+                raise UserError(f"data.label={config.label}: {redact(source)} has no KEY.json, where labels stand")
             if dist.rank() == 0:
                 for index in shards.indices:
                     for broken in index.rejected:
                         self._reject(index, broken)
 
         super().__init__(config, seed, weights_of(config.source), [1.0], check)
+        self._partners: Partners | None = None
+        if config.paired is not None:
+            paired = ShardSet(index_shards(config.paired, config.index, self._cache))
+            _check_raw("paired", config.paired, paired)
+            self._partners = Partners(paired, ShardReader(paired.indices, self._cache))
+
+    @property
+    def has_labels(self) -> bool:
+        return self._label is not None
+
+    @property
+    def has_pairs(self) -> bool:
+        return self._partners is not None
 
     def _bucket_of(self, width: np.ndarray, height: np.ndarray) -> np.ndarray:
         return self._rule.assign(width, height)
 
-    def _load(self, sample: int) -> tuple[str, Tensor]:
-        """(key, [3, H, W] in −1…1). For an image whose pixels are broken the next one of its bucket stands in."""
+    def _load(self, sample: int) -> _Loaded:
+        """For a sample that is broken the next one of its bucket stands in."""
         bucket = self._bucket(sample)
         for candidate in self._candidates(sample, bucket):
             shard, row = self.shards.locate(candidate)
             index = self.shards.index(shard)
+            key = index.key(row)
             try:
-                image = decode_image(self._reader.read(shard, row, index.image_extension(row)))
+                image = self._pixels(self._reader.read(shard, row, index.image_extension(row)), bucket)
+                label = None if self._label is None else self._read_label(shard, row, self._label)
+                paired = None if self._partners is None else self._pixels(self._partners.read(key), bucket)
             except DecodeError as error:
-                self._reject(index, Rejected(index.key(row), str(error)))
+                self._reject(index, Rejected(key, str(error)))
                 total = self.shards.num_samples + sum(len(index.rejected) for index in self.shards.indices)
                 check_budget(list(self._listed.values()), total, self.config.max_rejected)
                 continue
-            pixels = to_bucket(image, self.sides[bucket])
-            return index.key(row), torch.from_numpy(pixels).permute(2, 0, 1).float() / 127.5 - 1
+            return _Loaded(key, image, label, paired)
         raise UserError(f"{redact(self.shards.indices[0].url)}: not one image of a bucket can be decoded")
+
+    def _pixels(self, data: bytes, bucket: int) -> Tensor:
+        """[C, H, W] in −1…1. Raises DecodeError."""
+        image = decode_image(data)
+        pixels = torch.from_numpy(to_bucket(image if self.channels == 3 else image.convert("L"), self.sides[bucket]))
+        return pixels.reshape(*pixels.shape[:2], -1).permute(2, 0, 1).float() / 127.5 - 1
+
+    def _read_label(self, shard: int, row: int, name: str) -> int:
+        label = self._reader.fields(shard, row).get(name)
+        if label is None:
+            raise DecodeError(f"no label: KEY.json has no {name!r}")
+        if not isinstance(label, int) or isinstance(label, bool) or label < 0:
+            raise DecodeError(f"bad label: {name} is {printable(json.dumps(label))}, expected an integer from 0")
+        if self._num_classes is not None and label >= self._num_classes:
+            index = self.shards.index(shard)
+            raise UserError(
+                f"{redact(index.url)}: {printable(index.key(row))} has label {label}, and objective.classes="
+                f"{self._num_classes} ends with {self._num_classes - 1}: raise it, or mend the data"
+            )
+        return label
 
     def _candidates(self, sample: int, bucket: int) -> Iterator[int]:
         """The sample, then those of its bucket that follow it, in its own half: training or held out."""
@@ -437,10 +489,24 @@ class ImageDataset(ShardData):
             say(f"{index.name}: {printable(f'{rejected.key}: {rejected.reason}')}: left out")
 
     def _batch(self, draws: Sequence[Draw]) -> ImageBatch:
-        keys, images = zip(*(self._load(draw.sample_id) for draw in draws), strict=True)
+        keys, images, labels, paired = zip(*(self._load(draw.sample_id) for draw in draws), strict=True)
         return ImageBatch(
             step=draws[0].step,
             positions=[draw.position for draw in draws],
             keys=list(keys),
             image_BCHW=torch.stack(images),
+            label_B=None if self._label is None else torch.tensor(labels),
+            paired_BCHW=None if self._partners is None else torch.stack(paired),
         )
+
+
+class _Loaded(NamedTuple):
+    key: str
+    image_CHW: Tensor
+    label: int | None
+    paired_CHW: Tensor | None
+
+
+def _check_raw(name: str, source: str, shards: ShardSet) -> None:
+    if any(index.encoded or mlperf.EXTENSIONS[0] in index.extensions for index in shards.indices):
+        raise UserError(f"data.{name}: {redact(source)} holds pre-encoded shards; name raw ones")

@@ -58,7 +58,8 @@ def decode_image(data: bytes, background: tuple[int, int, int] = WHITE) -> Image
 
 
 def to_bucket(image: Image.Image, bucket: tuple[int, int]) -> np.ndarray:
-    """Cover-resize (Lanczos) and centre crop to `bucket` = (width, height): uint8 [height, width, 3].
+    """Cover-resize (Lanczos) and centre crop to `bucket` = (width, height): uint8 [height, width, 3]; of a grey image
+    [height, width].
 
     Only the cropped part is resized, so an extreme aspect ratio costs no memory.
     """

@@ -17,7 +17,7 @@ from itertools import accumulate, islice
 from multiprocessing import get_context
 from pathlib import Path
 from stat import S_ISREG
-from typing import BinaryIO
+from typing import Any, BinaryIO
 from zlib import crc32
 
 import numpy as np
@@ -26,6 +26,7 @@ from stack.config import UserError
 from stack.data import remote, safety
 from stack.data.index import SUFFIX, ShardIndex, build_index, without_query
 from stack.data.remote import ShardCache, Stat, is_remote
+from stack.data.safety import MAX_TEXT, DecodeError
 from stack.data.tar import HEADER_BYTES, is_header_of
 from stack.shown import redact
 
@@ -269,6 +270,19 @@ class ShardReader:
         if not fits or len(data) < HEADER_BYTES + length:
             raise self.cut(shard)
         return data[HEADER_BYTES:]
+
+    def fields(self, shard: int, row: int) -> dict[str, Any]:
+        """KEY.json, empty if the sample has none. Raises DecodeError, and UserError as `read`."""
+        index = self.indices[shard]
+        if not index.has(row, "json"):
+            return {}
+        if index.span(row, "json")[1] > MAX_TEXT:
+            raise DecodeError(f"JSON too large: more than {MAX_TEXT:,} bytes")
+        try:
+            fields = json.loads(self.read(shard, row, "json"))
+        except (ValueError, RecursionError) as error:
+            raise DecodeError(f"JSON not readable: {' '.join(str(error).split())}") from None
+        return fields if isinstance(fields, dict) else {}
 
     def handle(self, shard: int) -> int:
         """A file descriptor of the shard's tar, for reading by offset right away: a later call may close it."""

@@ -57,7 +57,7 @@ _SIDES = {  # the positions of the first shape and the second beside each other
 GRID = 32
 """Units of the mean side. Radii and centres are whole units, at resolution 32 whole pixels: outlines are crisp, and a
 model has few renderings of each to learn."""
-_DRAWING = 2  # version of what is drawn for equal settings
+_DRAWING = 3  # version of what is written for equal settings
 
 HELD_OUT: tuple[tuple[str, str, str], ...] = (
     ("red", "star", "top"),
@@ -368,7 +368,8 @@ def make_sample(config: SynthConfig, index: int) -> tuple[Scene, str]:
 
 
 def write_shards(out: Path, config: SynthConfig, progress: Callable[[int], None] | None = None) -> None:
-    """Write NNNNN.tar of KEY.png, KEY.txt, KEY.json (the scene under "scene") and NNNNN_stats.json into `out`.
+    """Write NNNNN.tar of KEY.png, KEY.txt, KEY.json (the scene under "scene", the first shape's place in
+    `OUTLINES` under "label") and NNNNN_stats.json into `out`.
 
     A shard appears by rename, after its statistics, and one that is there already is kept: the same call again goes on
     where it was stopped, and ends with the same bytes. `progress` is called with the number of samples done so far.
@@ -449,6 +450,7 @@ def _write_shard(target: Path, config: SynthConfig, indices: range) -> None:
                 "original_height": height,
                 "status": "success",
                 "scene": scene.to_dict(),
+                "label": list(OUTLINES).index(scene.shapes[0].kind),
             }
             sample = {"txt": text.encode(), "json": json.dumps(facts).encode()}
             writer.write({"__key__": key, config.image_format: picture.getvalue(), **sample})

@@ -22,9 +22,9 @@ from autoencoders.codec import Codec, to_uint8
 from stack.config import UserError
 from stack.data.dataset import LatentDataset
 from stack.data.images import DecodeError, decode_image
+from stack.flow.process import VALIDATION_LEVELS
 from stack.text import conditioning
 from stack.text.conditioning import EncodedText
-from stack.train.rectified_flow import VALIDATION_LEVELS
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp")
 LAYER = "2048"

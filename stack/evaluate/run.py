@@ -8,6 +8,7 @@ eval.jsonl                a line a result, gathered from them
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Sequence
 from contextlib import closing
@@ -16,13 +17,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
+from pydantic import NonNegativeInt, PositiveInt, field_validator, model_validator
+from torch import nn
 
 from autoencoders.codec import Codec
 from stack import config as configuration
 from stack import dist
 from stack.claims import Claims
-from stack.config import Config, UserError, validate
+from stack.config import Config, UserError
 from stack.data.dataset import LatentDataset
 from stack.data.synthetic import evaluation_prompts, prompt
 from stack.evaluate import metrics
@@ -30,18 +32,29 @@ from stack.evaluate.metrics import Inception
 from stack.evaluate.sample import draw
 from stack.evaluate.scenes import judge, shares
 from stack.files import publish
+from stack.flow.likelihood import Bits, LikelihoodConfig
+from stack.flow.noise import NoisePlan
 from stack.log import Tracker, say
 from stack.shown import redact
 from stack.text.encoders import ClipScore, TextEncoders
 from stack.train import loop, recipe, snapshot
+from stack.train.class_to_image import ClassToImage, ClassToImageConfig
 from stack.train.pictures import contact_sheet
 from stack.train.recipe import TrainConfig
-from stack.train.rectified_flow import RectifiedFlow, RectifiedFlowConfig
 from stack.train.sampler import Sampler, SamplerConfig
 from stack.train.schedule import steps_of
+from stack.train.text_to_image import TextToImage, TextToImageConfig
 
 MAX_SHOWN = 64
 """Samples on a contact sheet."""
+
+
+class NllConfig(LikelihoodConfig):
+    """Negative log-likelihood of held-out images, for models of pixels."""
+
+    images: NonNegativeInt = 0
+    steps: PositiveInt = 50
+    """Of Heun's method along the probability-flow ODE."""
 
 
 class EvaluationConfig(Config):
@@ -57,8 +70,9 @@ class EvaluationConfig(Config):
     """Folder of images that they are compared with; else the held-out images, decoded from their latents."""
     clip: Path | None = None
     """Folder of a CLIP as open_clip saves it: CLIP score of the samples."""
-    sampling: dict[str, Any] = Field(default={})
-    """Keys of SamplerConfig that win over those of the run's own sample grids."""
+    nll: NllConfig = NllConfig()
+    sampling: tuple[str, ...] = ()
+    """Dotted overrides of the SamplerConfig of the run's own sample grids: steps=10, guidance.scale=2."""
     seed: NonNegativeInt = 0
     batch_size: PositiveInt = 64
 
@@ -86,7 +100,7 @@ class Evaluator:
     def __init__(self, run: Path, asked: EvaluationConfig, overrides: Sequence[str] = ()):
         if not (run / "config.yaml").exists():
             raise UserError(f"{run}: no config.yaml; not a run folder")
-        validate(SamplerConfig, asked.sampling, "options")
+        configuration.load(SamplerConfig, {}, asked.sampling)
         self.run, self.leases = run, snapshot.leases(run)
         self._asked, self._device = asked, dist.device()
         self._settings = asked.model_dump(mode="json", exclude={"batch_size"})
@@ -95,9 +109,16 @@ class Evaluator:
         self._trained = configuration.load(TrainConfig, run / "config.yaml", overrides)
         self._data, self._objective = recipe.build(self._trained, self._device)
         self._tracker: Tracker | None = None
+        objective = self._trained.objective
+        pixels = isinstance(objective, ClassToImageConfig) and objective.coupling.kind != "paired"
+        if asked.nll.images and not pixels:
+            raise UserError(
+                f"{run}: a run of kind {objective.kind!r} has no bits a dimension: noise made pixels has them"
+            )
+        if asked.nll.images and next(iter(self._data.validation(1)), None) is None:
+            raise UserError(f"{run}: no samples are held out to take bits a dimension of; see data.validation_share")
         if asked.scenes or asked.samples:
-            objective = self._trained.objective
-            if not isinstance(objective, RectifiedFlowConfig):
+            if not isinstance(objective, TextToImageConfig):
                 raise UserError(f"{run}: a run of kind {objective.kind!r} does not draw images from prompts")
             self._text = objective.text
             self._codec = Codec.load(objective.autoencoder).to(self._device)
@@ -153,13 +174,14 @@ class Evaluator:
         network = self._objective.network.to(self._device).eval()
         loss_N = loop.validation_losses(self._objective, network, self._data, self._asked.batch_size)
         result: dict[str, Any] = {"step": step, "val_loss": float(loss_N.mean())}
-        if isinstance(self._objective, RectifiedFlow):
+        if isinstance(self._objective, TextToImage | ClassToImage):
             result["val_loss_at_t"] = metrics.by_timestep(loss_N)
+        if self._asked.nll.images:
+            result |= self._likelihood(network)
         if self._asked.scenes or self._asked.samples:
-            values = {**snap.metadata["sampling"], **self._asked.sampling}
-            del values["size"]
-            config = validate(SamplerConfig, values, "options")
-            sampler = Sampler(network, self._codec, self._text.pad)  # type: ignore[arg-type]
+            values = {key: value for key, value in snap.metadata["sampling"].items() if key != "size"}
+            config = configuration.load(SamplerConfig, values, self._asked.sampling)
+            sampler = Sampler(network, self._codec, self._text.pad, self._trained.objective)  # type: ignore[arg-type]
             result |= self._samples(step, sampler, config) if self._asked.samples else {}
             result |= self._scenes(step, sampler, config) if self._asked.scenes else {}
             result["sampling"] = config.model_dump()
@@ -176,6 +198,26 @@ class Evaluator:
             self._tracker = Tracker.join(self.run, self._trained.log)
         if self._tracker is not None:
             self._tracker.log(numbers(result))
+
+    def _likelihood(self, network: nn.Module) -> dict[str, Any]:
+        """Bits a dimension of held-out images, with the standard error over them, and of the trace alone."""
+        asked, objective = self._asked.nll, self._objective
+        assert isinstance(objective, ClassToImage)
+        found: list[Bits] = []
+        left = asked.images
+        for batch in self._data.validation(min(self._asked.batch_size, left)):
+            draws = NoisePlan(self._asked.seed).at(0, batch.positions)
+            found.append(objective.bits_per_dim(network, batch.to(self._device), draws, asked, asked.steps))
+            left -= len(batch.positions)
+            if left <= 0:
+                break
+        bits_N, trace_N = (torch.cat(values)[: asked.images].cpu() for values in zip(*found, strict=True))
+        return {
+            "bits_per_dim": float(bits_N.mean()),
+            "bits_per_dim_error": float(bits_N.std() / len(bits_N) ** 0.5) if len(bits_N) > 1 else math.nan,
+            "bits_per_dim_trace_error": float(trace_N.square().mean().sqrt() / len(trace_N) ** 0.5),
+            "nll_images": len(bits_N),
+        }
 
     def _samples(self, step: int, sampler: Sampler, config: SamplerConfig) -> dict[str, Any]:
         features: list[torch.Tensor] = []

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import NamedTuple
 
+from stack.flow.guidance import GuidanceConfig
 from stack.models.keys import Family
 from stack.models.mmdit import MMDiT
 from stack.text.conditioning import EMPTY_CLIP_TOKENS, EMPTY_T5_TOKENS
@@ -109,6 +110,8 @@ def write(subject: Subject, out: Path) -> None:
     rows = [(name, source, snap.metadata["encoders"][name]) for name, source in sources.items()]
     encoders = "\n".join(f"| {name} | {_shown(source)} | `{sha256}` |" for name, source, sha256 in rows)
     own = "" if sampling.solver == "euler" else f" The run itself draws with the solver {sampling.solver}, not Euler's."
+    if sampling.guidance != GuidanceConfig(scale=sampling.guidance.scale):
+        own += " Its guidance has more than a scale, which the pipeline leaves out."
     text = f"""\
 ---
 library_name: diffusers
@@ -161,7 +164,7 @@ def _how(subject: Subject) -> str:
 def _empty_tokens(subject: Subject) -> int:
     """How many tokens of zeros guidance's empty caption has, where it is not as many as the prompt."""
     text = subject.text
-    if text.pad == "full" or subject.sampling.guidance == 1:
+    if text.pad == "full" or subject.sampling.guidance.scale == 1:
         return 0
     return EMPTY_CLIP_TOKENS * text.clip_tokens + EMPTY_T5_TOKENS * (text.t5 is not None)
 
@@ -173,10 +176,10 @@ def snippet(subject: Subject) -> str:
     # diffusers wants an absent encoder said twice: in model_index.json and here.
     absent = ", text_encoder_3=None, tokenizer_3=None" if not flux and subject.text.t5 is None else ""
     arguments = ["prompt_embeds=embeds", "pooled_prompt_embeds=pooled"]
-    if sampling.guidance != 1 and not empty:
+    if sampling.guidance.scale != 1 and not empty:
         arguments.append("negative_prompt_embeds=torch.zeros_like(embeds)")
         arguments.append("negative_pooled_prompt_embeds=torch.zeros_like(pooled)")
-    arguments.append(f"{'true_cfg_scale' if flux else 'guidance_scale'}={1.0 if empty else sampling.guidance}")
+    arguments.append(f"{'true_cfg_scale' if flux else 'guidance_scale'}={1.0 if empty else sampling.guidance.scale}")
     if subject.network.config.guidance_embedding:
         arguments.append(f"guidance_scale={sampling.embedded_guidance}")
     given = ",\n    ".join(arguments)
@@ -215,7 +218,7 @@ def guided(encoder_hidden_states, pooled_projections, **inputs):
     (full,) = predict(encoder_hidden_states=encoder_hidden_states, pooled_projections=pooled_projections, **inputs)
     embeds, pooled = torch.zeros_like(encoder_hidden_states[:, :{count}]), torch.zeros_like(pooled_projections)
 {ids}    (empty,) = predict(encoder_hidden_states=embeds, pooled_projections=pooled, **inputs)
-    return (empty + {subject.sampling.guidance} * (full - empty),)
+    return (empty + {subject.sampling.guidance.scale} * (full - empty),)
 
 
 pipe.transformer.forward = guided

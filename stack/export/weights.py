@@ -21,11 +21,13 @@ from stack.export import diffusers, single
 from stack.export.card import Subject
 from stack.files import publish
 from stack.flow.noise import NoisePlan
+from stack.flow.process import FlowConfig
+from stack.models import captioned
 from stack.models.mmdit import MMDiT, MMDiTConfig
 from stack.train import autoencoder, snapshot
 from stack.train.autoencoder import AutoencoderConfig
 from stack.train.recipe import TrainConfig
-from stack.train.rectified_flow import check_encoders
+from stack.train.text_to_image import check_encoders
 
 Target = Literal["stack", "diffusers", "single"]
 
@@ -108,9 +110,20 @@ def _stack(snap: snapshot.Snapshot, out: Path, dtype: torch.dtype) -> None:
 
 
 def _subject(run: Path, snap: snapshot.Snapshot) -> Subject:
-    """UserError where an encoder is not the one of the training."""
+    """UserError where an encoder is not the one of the training, or the objective not that of SD3 and FLUX."""
+    if snap.metadata["kind"] != "text_to_image":
+        raise UserError(f"{run}: a run of kind {snap.metadata['kind']!r} has no form of others: export with --to stack")
+    flow = FlowConfig(**snap.metadata["flow"])
+    if (flow.path.kind, flow.prediction) != ("linear", "velocity"):
+        raise UserError(
+            f"{run}: trained on path {flow.path.kind} with prediction {flow.prediction}, which no reader of SD3 or "
+            "FLUX expects: export with --to stack"
+        )
+    config = captioned.described(snap.metadata["model"])
+    if not isinstance(config, MMDiTConfig):
+        raise UserError(f"{run}: a {config.kind}, and --to diffusers or single write an MM-DiT: export with --to stack")
     with torch.device("meta"):
-        network = MMDiT(MMDiTConfig(**snap.metadata["model"]))
+        network = MMDiT(config)
     network.load_state_dict(snap.weights, assign=True)
     samples, described = None, run / "config.yaml"
     if described.is_file():

@@ -34,6 +34,10 @@ class Draws:
         self.step = step
         self.positions = positions
 
+    def of_step(self) -> Draws:
+        """One row of values, the same for all samples of the step."""
+        return Draws(self.seed, self.step, [0])
+
     def normal(self, stream: str, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
         """Standard normal [len(positions), *shape], drawn in float32 (float64 for that `dtype`)."""
         drawn = np.float64 if dtype == torch.float64 else np.float32

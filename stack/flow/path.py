@@ -1,11 +1,36 @@
-"""Rectified flow (arXiv 2209.03003; SD3, arXiv 2403.03206, §2): the straight path x_t = (1 − t)·x_0 + t·ε.
+"""Paths from data to noise, x_t = a(t)·x_0 + b(t)·ε with t = 0 at data and t = 1 at noise, in closed form.
 
-t = 0 is data, t = 1 is noise. `t_B` holds one time a sample; x_0, ε, x_t and v have shape [B, …].
+Rectified flow (arXiv 2209.03003; SD3, arXiv 2403.03206, §2), flow matching's conical path (arXiv 2210.02747, eq. 20),
+and the diffusions as their perturbation kernels: DDPM's Markov chain (arXiv 2006.11239), VP, sub-VP and VE (Score SDE,
+arXiv 2011.13456, appendix B), the cosine schedule (arXiv 2102.09672, eq. 17), EDM's (arXiv 2206.00364, table 1).
+
+Shapes: t_B holds one time a sample; x_0, ε and x_t have shape [B, …].
 """
 
 from __future__ import annotations
 
+import math
+from functools import cached_property
+from typing import Annotated, ClassVar, Literal, NamedTuple
+
+import torch
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor
+
+from stack.config import Config
+
+
+class Coefficients(NamedTuple):
+    """a and b at some times, and their derivatives; all of one shape."""
+
+    a: Tensor
+    b: Tensor
+    da: Tensor
+    db: Tensor
+
+    def like(self, x: Tensor) -> Coefficients:
+        """As [B, 1, …, 1], to multiply `x`, in the dtype of `x`."""
+        return Coefficients(*(per_sample(value, x) for value in self))
 
 
 def per_sample(t_B: Tensor, like: Tensor) -> Tensor:
@@ -13,27 +38,207 @@ def per_sample(t_B: Tensor, like: Tensor) -> Tensor:
     return t_B.reshape(-1, *[1] * (like.ndim - 1)).to(like.dtype)
 
 
-def interpolate(x0: Tensor, eps: Tensor, t_B: Tensor) -> Tensor:
-    """x_t."""
-    t = per_sample(t_B, x0)
-    return (1 - t) * x0 + t * eps
+class Path(Config):
+    """a(t) and b(t); b/a grows with t."""
+
+    explodes: ClassVar[bool] = False
+    """Whether x_t grows far beyond the data, so that a network is given it scaled down."""
+
+    @property
+    def span(self) -> tuple[float, float]:
+        """Times nearest to data and to noise between which all coefficients are finite."""
+        return 0.0, 1.0
+
+    def at(self, t: Tensor) -> Coefficients:
+        """Coefficients at times t in [0, 1], elementwise, in float64."""
+        raise NotImplementedError
+
+    def admitted(self, t: Tensor) -> Tensor:
+        """The times at which a network is asked instead of `t`: the same, or the next of a discrete path's steps."""
+        return t
+
+    def noised(self, x0: Tensor, eps: Tensor, t_B: Tensor) -> Tensor:
+        """x_t."""
+        c = self.at(t_B).like(x0)
+        return c.a * x0 + c.b * eps
+
+    def time_of(self, sigma: Tensor) -> Tensor:
+        """t with b/a = `sigma`, the noise-to-data ratio, elementwise, in float64; clamped to the path's ends."""
+        low, high = (torch.full_like(sigma, end, dtype=torch.float64) for end in (0.0, 1.0))
+        for _ in range(53):  # halves the interval until float64 is used up
+            middle = (low + high) / 2
+            c = self.at(middle)
+            below = c.b < sigma * c.a
+            low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+        return (low + high) / 2
 
 
-def velocity(x0: Tensor, eps: Tensor) -> Tensor:
-    """dx_t/dt = ε − x_0, what the network learns."""
-    return eps - x0
+class Linear(Path):
+    """Rectified flow: a = 1 − t, b = t."""
+
+    kind: Literal["linear"] = "linear"
+
+    def at(self, t: Tensor) -> Coefficients:
+        t = t.double()
+        one = torch.ones_like(t)
+        return Coefficients(1 - t, t, -one, one)
 
 
-def x0_from_velocity(x_t: Tensor, v: Tensor, t_B: Tensor) -> Tensor:
-    """x_0 = x_t − t·v."""
-    return x_t - per_sample(t_B, x_t) * v
+class Conical(Path):
+    """Flow matching's conditional path with the optimal-transport displacement: a = 1 − t, b = σ + (1 − σ)·t."""
+
+    kind: Literal["conical"] = "conical"
+    sigma_min: float = Field(default=1e-4, ge=0, lt=1)
+
+    def at(self, t: Tensor) -> Coefficients:
+        t = t.double()
+        one = torch.ones_like(t)
+        return Coefficients(1 - t, self.sigma_min + (1 - self.sigma_min) * t, -one, (1 - self.sigma_min) * one)
 
 
-def eps_from_velocity(x_t: Tensor, v: Tensor, t_B: Tensor) -> Tensor:
-    """ε = x_t + (1 − t)·v."""
-    return x_t + (1 - per_sample(t_B, x_t)) * v
+class _LinearBeta(Path):
+    """β(t) = β_0 + t·(β_1 − β_0), the rate of the diffusion."""
+
+    beta_0: PositiveFloat = 0.1
+    beta_1: PositiveFloat = 20.0
+
+    @property
+    def span(self) -> tuple[float, float]:
+        return 1e-3, 1.0  # as in the paper's appendix C: the rate of b is infinite at 0
+
+    def beta(self, t: Tensor) -> Tensor:
+        return self.beta_0 + t * (self.beta_1 - self.beta_0)
+
+    def _log_a(self, t: Tensor) -> Tensor:
+        return -(t**2) * (self.beta_1 - self.beta_0) / 4 - t * self.beta_0 / 2
 
 
-def score_from_velocity(x_t: Tensor, v: Tensor, t_B: Tensor) -> Tensor:
-    """∇ log p_t(x_t) = −ε/t, for t > 0."""
-    return -eps_from_velocity(x_t, v, t_B) / per_sample(t_B, x_t)
+class VP(_LinearBeta):
+    """Variance preserving, continuous in time: a = exp(−½∫β), b = √(1 − a²)."""
+
+    kind: Literal["vp"] = "vp"
+
+    def at(self, t: Tensor) -> Coefficients:
+        t = t.double()
+        log_a = self._log_a(t)
+        return _variance_preserving(log_a, -self.beta(t) / 2)
+
+
+class SubVP(_LinearBeta):
+    """Score SDE's sub-VP: a as in VP, b = 1 − a²."""
+
+    kind: Literal["sub_vp"] = "sub_vp"
+
+    def at(self, t: Tensor) -> Coefficients:
+        t = t.double()
+        log_a = self._log_a(t)
+        a, rate = log_a.exp(), -self.beta(t) / 2
+        return Coefficients(a, -torch.expm1(2 * log_a), a * rate, -2 * a**2 * rate)
+
+
+class Cosine(Path):
+    """Variance preserving with a² = f(t)/f(0), f(t) = cos²(π/2·(t + s)/(1 + s))."""
+
+    kind: Literal["cosine"] = "cosine"
+    s: PositiveFloat = 0.008
+
+    @property
+    def span(self) -> tuple[float, float]:
+        return 1e-3, 1 - 1e-3  # nothing of the data is left at 1, and the rate of ln a is infinite
+
+    def at(self, t: Tensor) -> Coefficients:
+        angle = (t.double() + self.s) / (1 + self.s) * math.pi / 2
+        log_a = torch.cos(angle).log() - math.log(math.cos(self.s / (1 + self.s) * math.pi / 2))
+        return _variance_preserving(log_a, -torch.tan(angle) * math.pi / 2 / (1 + self.s))
+
+
+class DDPM(Path):
+    """Variance preserving from a table of T rates β_n: ᾱ_n = Π(1 − β) stands at t = n/T, and ln ᾱ is linear between.
+
+    schedule: β evenly spaced (DDPM), or √β (Stable Diffusion's "scaled linear").
+    """
+
+    kind: Literal["ddpm"] = "ddpm"
+    steps: PositiveInt = 1000
+    beta_first: float = Field(default=1e-4, gt=0, lt=1)
+    beta_last: float = Field(default=0.02, gt=0, lt=1)
+    schedule: Literal["linear", "scaled_linear"] = "linear"
+
+    @property
+    def span(self) -> tuple[float, float]:
+        return 1 / self.steps, 1.0
+
+    def admitted(self, t: Tensor) -> Tensor:
+        step = (t.double() * self.steps - 1e-3).ceil().clamp(min=1)  # the margin leaves a float32 step as it is
+        return (step / self.steps).to(t.dtype)
+
+    @cached_property
+    def _log_a(self) -> Tensor:
+        """At t = 0, 1/T, …, 1."""
+        power = 1.0 if self.schedule == "linear" else 0.5
+        ends = self.beta_first**power, self.beta_last**power
+        beta = torch.linspace(*ends, self.steps, dtype=torch.float64) ** (1 / power)
+        return torch.cat([torch.zeros(1, dtype=torch.float64), torch.log1p(-beta).cumsum(0) / 2])
+
+    def at(self, t: Tensor) -> Coefficients:
+        place = t.double() * self.steps
+        before = place.ceil().long().clamp(1, self.steps) - 1
+        table = self._log_a.to(t.device)
+        slope = table[before + 1] - table[before]
+        return _variance_preserving(table[before] + slope * (place - before), slope * self.steps)
+
+
+class _Exploding(Path):
+    """a = 1, b from σ_min to σ_max."""
+
+    explodes: ClassVar[bool] = True
+    sigma_min: PositiveFloat
+    sigma_max: PositiveFloat
+
+    @model_validator(mode="after")
+    def _check_order(self) -> _Exploding:
+        if self.sigma_min >= self.sigma_max:
+            raise ValueError(f"sigma_min {self.sigma_min} must be below sigma_max {self.sigma_max}")
+        return self
+
+
+class VE(_Exploding):
+    """Variance exploding: b = σ_min·(σ_max/σ_min)^t."""
+
+    kind: Literal["ve"] = "ve"
+    sigma_min: PositiveFloat = 0.01
+    sigma_max: PositiveFloat = 50.0
+
+    def at(self, t: Tensor) -> Coefficients:
+        t = t.double()
+        ratio = math.log(self.sigma_max / self.sigma_min)
+        b = self.sigma_min * torch.exp(ratio * t)
+        return Coefficients(torch.ones_like(t), b, torch.zeros_like(t), ratio * b)
+
+
+class EDM(_Exploding):
+    """EDM's spacing of noise levels: b^(1/ρ) linear in t."""
+
+    kind: Literal["edm"] = "edm"
+    sigma_min: PositiveFloat = 0.002
+    sigma_max: PositiveFloat = 80.0
+    rho: PositiveFloat = 7.0
+
+    def at(self, t: Tensor) -> Coefficients:
+        t = t.double()
+        low, high = (sigma ** (1 / self.rho) for sigma in (self.sigma_min, self.sigma_max))
+        root = low + t * (high - low)
+        db = self.rho * root ** (self.rho - 1) * (high - low)
+        return Coefficients(torch.ones_like(t), root**self.rho, torch.zeros_like(t), db)
+
+
+def _variance_preserving(log_a: Tensor, rate: Tensor) -> Coefficients:
+    """b = √(1 − a²), from ln a and its derivative."""
+    a, b = log_a.exp(), torch.sqrt(-torch.expm1(2 * log_a))
+    return Coefficients(a, b, a * rate, -(a**2) * rate / b)
+
+
+PathConfig = Annotated[
+    Linear | Conical | VP | SubVP | Cosine | DDPM | VE | EDM,
+    Field(discriminator="kind"),
+]

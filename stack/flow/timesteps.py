@@ -1,4 +1,4 @@
-"""Which t to train at (SD3, arXiv 2403.03206, §3.1 and §5.3.2).
+"""Which t to train at (SD3, arXiv 2403.03206, §3.1 and §5.3.2; EDM, arXiv 2206.00364, table 1).
 
 Sampling is the quantile function of a uniform u in (0, 1), so that t is a pure function of the noise plan's draw.
 """
@@ -13,6 +13,8 @@ from pydantic import PositiveFloat, model_validator
 from torch import Tensor
 
 from stack.config import Config
+from stack.flow.noise import Draws
+from stack.flow.path import Path
 
 MAX_MODE_SCALE = 2 / (math.pi - 2)
 """Beyond it f(u) of the mode density is not monotone (SD3, below eq. 20)."""
@@ -21,14 +23,18 @@ MAX_MODE_SCALE = 2 / (math.pi - 2)
 class TimestepConfig(Config):
     """The density of t, and the resolution shift applied to it.
 
-    `mean` and `std` are of logit_normal (in log-odds of t), `scale` of mode; `shift` is α of `shift_times`.
+    `mean` and `std` are of logit_normal (in log-odds of t) and of log_normal (of ln σ, with σ = b/a the path's ratio of
+    noise to data; EDM has −1.2 and 1.2), `scale` of mode; `shift` is α of `shift_times`.
     """
 
-    kind: Literal["logit_normal", "uniform", "mode", "cosmap"] = "logit_normal"
+    kind: Literal["logit_normal", "uniform", "mode", "cosmap", "log_normal"] = "logit_normal"
     mean: float = 0.0
     std: PositiveFloat = 1.0
     scale: float = 1.29
     shift: PositiveFloat = 1.0
+    stratified: bool = False
+    """One uniform number a step, moved on by 1/B from sample to sample: the batch covers all times (VDM, arXiv
+    2107.00630, appendix I.1)."""
 
     @model_validator(mode="after")
     def _check_scale(self) -> TimestepConfig:
@@ -36,7 +42,14 @@ class TimestepConfig(Config):
             raise ValueError(f"scale of the mode density must lie in -1 … {MAX_MODE_SCALE:.4f}, got {self.scale}")
         return self
 
-    def sample(self, u: Tensor) -> Tensor:
+    def draw(self, draws: Draws, batch_size: int, path: Path) -> Tensor:
+        """Times for the samples of `draws`, of a global batch of `batch_size`; float32 [B]."""
+        if not self.stratified:
+            return self.sample(draws.uniform("timestep"), path)
+        first = draws.of_step().uniform("timestep")
+        return self.sample((first + torch.tensor(draws.positions) / batch_size) % 1, path)
+
+    def sample(self, u: Tensor, path: Path) -> Tensor:
         """t for uniform `u` in (0, 1), elementwise, in the dtype of `u`. `mode` runs from 1 down to 0 as u grows."""
         if self.kind == "logit_normal":
             t = torch.sigmoid(self.mean + self.std * torch.special.ndtri(u))
@@ -44,24 +57,30 @@ class TimestepConfig(Config):
             t = mode_quantile(u, self.scale)
         elif self.kind == "cosmap":
             t = 1 - 1 / (torch.tan(math.pi / 2 * u) + 1)
+        elif self.kind == "log_normal":
+            t = path.time_of(torch.exp(self.mean + self.std * torch.special.ndtri(u))).to(u.dtype)
         else:
             t = u
         return shift_times(t, self.shift)
 
-    def density(self, t: Tensor) -> Tensor:
+    def density(self, t: Tensor, path: Path) -> Tensor:
         """π(t) for t in (0, 1), elementwise: the density of what `sample` returns, shift included."""
         unshifted = shift_times(t, 1 / self.shift)
         if self.kind == "logit_normal":
-            z = (torch.logit(unshifted) - self.mean) / self.std
-            normal = torch.exp(-(z**2) / 2) / math.sqrt(2 * math.pi)
-            pi = normal / (self.std * unshifted * (1 - unshifted))
+            pi = self._normal(torch.logit(unshifted)) / (unshifted * (1 - unshifted))
         elif self.kind == "mode":
             pi = _mode_density(unshifted, self.scale)
         elif self.kind == "cosmap":
             pi = 2 / (math.pi - 2 * math.pi * unshifted + 2 * math.pi * unshifted**2)
+        elif self.kind == "log_normal":
+            c = path.at(unshifted)
+            pi = self._normal((c.b / c.a).log()) * (c.db / c.b - c.da / c.a)
         else:
             pi = torch.ones_like(unshifted)
         return pi * self.shift / (self.shift - (self.shift - 1) * t) ** 2
+
+    def _normal(self, z: Tensor) -> Tensor:
+        return torch.exp(-(((z - self.mean) / self.std) ** 2) / 2) / (self.std * math.sqrt(2 * math.pi))
 
 
 def mode_quantile(u: Tensor, scale: float) -> Tensor:

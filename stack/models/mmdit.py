@@ -11,7 +11,7 @@ A heads · E head size
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -44,6 +44,7 @@ TIMESTEP_SIZE = 256
 class MMDiTConfig(Config):
     """The network. A `preset` (see presets.py) gives a row of values; keys that are written out win over it."""
 
+    kind: Literal["mmdit"] = "mmdit"
     preset: str | None = None
     depth: PositiveInt
     """Double-stream blocks: text and image have weights of their own (SD3)."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -19,7 +18,7 @@ from stack.config import UserError
 from stack.data import mlperf
 from stack.data.buckets import BucketRule, fit
 from stack.data.images import decode_image, to_bucket
-from stack.data.safety import MAX_TEXT, DecodeError, Rejected, read_caption
+from stack.data.safety import DecodeError, Rejected, read_caption
 from stack.data.schema import EncodedSample, text_tensors
 from stack.data.shards import ShardReader
 from stack.text.encoders import TextEncoders
@@ -170,27 +169,13 @@ def _ready(reader: ShardReader, shard: int, row: int, bucket: int, side: tuple[i
     if size != side:
         return Rejected(key, f"encoded at {size[0]}×{size[1]} pixels, which is no bucket")
     sample = mlperf.decode({extension: reader.read(shard, row, extension) for extension in mlperf.EXTENSIONS})
-    caption = _fields(reader, shard, row).get("caption")
+    caption = reader.fields(shard, row).get("caption")
     return Raw(key, np.empty(0, np.uint8), [], bucket, {"caption": caption, "bucket": list(side)}, sample)
-
-
-def _fields(reader: ShardReader, shard: int, row: int) -> dict[str, Any]:
-    """KEY.json, empty if the sample has none. Raises DecodeError."""
-    index = reader.indices[shard]
-    if not index.has(row, "json"):
-        return {}
-    if index.span(row, "json")[1] > MAX_TEXT:
-        raise DecodeError(f"JSON too large: more than {MAX_TEXT:,} bytes")
-    try:
-        fields = json.loads(reader.read(shard, row, "json"))
-    except (ValueError, RecursionError) as error:
-        raise DecodeError(f"JSON not readable: {' '.join(str(error).split())}") from None
-    return fields if isinstance(fields, dict) else {}
 
 
 def _captions(places: dict[str, str], reader: ShardReader, shard: int, row: int) -> list[str | None]:
     """One caption a name; the first must be there. Raises DecodeError."""
-    fields = _fields(reader, shard, row) if any(place != "txt" for place in places.values()) else {}
+    fields = reader.fields(shard, row) if any(place != "txt" for place in places.values()) else {}
     captions: list[str | None] = []
     for place in places.values():
         if place == "txt":

@@ -119,6 +119,12 @@ class Context(NamedTuple):
     """How many of the tokens each caption has."""
     pooled_BD: Tensor
 
+    @staticmethod
+    def cat(contexts: Sequence[Context]) -> Context:
+        """The captions of all `contexts`, in one batch."""
+        tokens, lengths, pooled = zip(*contexts, strict=True)
+        return Context(torch.cat(tokens), [length for some in lengths for length in some], torch.cat(pooled))
+
 
 def join(
     batch: TextBatch,

@@ -45,6 +45,8 @@ def build(config: AutoencoderConfig, seed: int) -> Codec:
 
 class AutoencoderObjective:
     def __init__(self, config: AutoencoderConfig, data: ImageDataset, seed: int, device: torch.device):
+        if data.channels != 3:
+            raise UserError(f"data.channels={data.channels}: an autoencoder takes RGB, 3")
         self._config = config
         self._device = device
         self.codec = build(config, seed)

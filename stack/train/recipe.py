@@ -17,10 +17,12 @@ from stack.parallel.ema import EmaConfig
 from stack.parallel.engine import OptimConfig, ParallelConfig
 from stack.train.autoencoder import AutoencoderConfig, AutoencoderObjective
 from stack.train.checkpoint import CheckpointConfig
+from stack.train.class_to_image import ClassToImage, ClassToImageConfig
+from stack.train.classifier import Classifier, ClassifierConfig
 from stack.train.objective import Objective
-from stack.train.rectified_flow import RectifiedFlow, RectifiedFlowConfig
 from stack.train.schedule import ScheduleConfig
 from stack.train.snapshot import SnapshotConfig
+from stack.train.text_to_image import TextToImage, TextToImageConfig
 
 
 class RunConfig(Config):
@@ -37,7 +39,9 @@ class RunConfig(Config):
 class TrainConfig(Config):
     run: RunConfig
     data: Annotated[LatentData | ImageData, Field(discriminator="kind")]
-    objective: Annotated[RectifiedFlowConfig | AutoencoderConfig, Field(discriminator="kind")]
+    objective: Annotated[
+        TextToImageConfig | ClassToImageConfig | ClassifierConfig | AutoencoderConfig, Field(discriminator="kind")
+    ]
     init: dict[Literal["from"], Path] = Field(default={})
     """from: weights to begin with, in any format that `stack.models.convert.load` reads; else drawn from run.seed."""
     compute: ComputeConfig = ComputeConfig()
@@ -59,14 +63,18 @@ def build(
     read; whoever loads others leaves them out.
     """
     data, objective, seed = config.data, config.objective, config.run.seed
-    if isinstance(data, LatentData) and isinstance(objective, RectifiedFlowConfig):
+    if isinstance(data, LatentData) and isinstance(objective, TextToImageConfig):
         latents = LatentDataset(data, seed)
         init = config.init.get("from") if begin else None
-        return latents, RectifiedFlow(objective, latents, seed, device, config.compute, init)
-    if isinstance(data, ImageData) and isinstance(objective, AutoencoderConfig):
+        return latents, TextToImage(objective, latents, seed, device, config.compute, init)
+    if isinstance(data, ImageData) and not isinstance(objective, TextToImageConfig):
         for key, value in (("init", config.init), ("compute", config.compute)):
             if value != TrainConfig.model_fields[key].default:
                 raise UserError(f"{key} is for an MM-DiT: objective.kind={objective.kind} has no use for it")
-        images = ImageDataset(data, seed, rejected)
-        return images, AutoencoderObjective(objective, images, seed, device)
+        images = ImageDataset(data, seed, rejected, getattr(objective, "classes", None) or None)
+        if isinstance(objective, AutoencoderConfig):
+            return images, AutoencoderObjective(objective, images, seed, device)
+        if isinstance(objective, ClassifierConfig):
+            return images, Classifier(objective, images, seed, device)
+        return images, ClassToImage(objective, images, seed, device)
     raise UserError(f"objective.kind={objective.kind} does not train on data.kind={data.kind}")

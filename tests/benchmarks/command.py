@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Protocol
 
-from pairs import HEADER, Row
+from pairs import HEADER
 
 # Fresh pages cost more than the copies that are measured. malloc reads these when a process starts.
 MALLOC = {
@@ -17,6 +17,12 @@ MALLOC = {
     "MALLOC_TRIM_THRESHOLD_": str(8 * 2**30),
     "MALLOC_TOP_PAD_": str(256 * 2**20),
 }
+
+
+class Row(Protocol):
+    def json(self) -> str: ...
+
+    def text(self) -> str: ...
 
 
 class Benchmark(Protocol):
@@ -44,14 +50,19 @@ def started_with(environment: Mapping[str, str]) -> None:
     sys.path.insert(1, str(Path(__file__).resolve().parents[2]))
 
 
-def report(parser: argparse.ArgumentParser, arguments: argparse.Namespace, make: Callable[[], Benchmark]) -> None:
+def report(
+    parser: argparse.ArgumentParser,
+    arguments: argparse.Namespace,
+    make: Callable[[], Benchmark],
+    header: str = HEADER,
+) -> None:
     benchmark = make()
     chosen = [name for name in benchmark.rows if not arguments.only or any(part in name for part in arguments.only)]
     if not chosen:
         known = "\n  ".join(benchmark.rows)
         parser.error(f"no row is named like {' or '.join(arguments.only)}; there are\n  {known}")
     if not arguments.json:
-        print(HEADER, flush=True)
+        print(header, flush=True)
     try:
         for name in chosen:
             row = benchmark.run(name)

@@ -160,7 +160,9 @@ class Benchmark:
     # ---- sampling
 
     def _sampling(self, name: str) -> Row:
-        from stack.flow import guidance, solvers
+        from stack.flow import solvers
+        from stack.flow.guidance import GuidanceConfig, Guided, branches
+        from stack.flow.process import FlowConfig
         from stack.text.conditioning import Context
 
         steps, scale = (3 if self._quick else 20), 4.0
@@ -172,12 +174,15 @@ class Benchmark:
         cond = Context(x.captions[0], list(case.lengths), x.pooled)
         uncond = Context(nothing, [1], torch.zeros_like(x.pooled))
 
-        def our_sampling() -> Tensor:
-            def velocity(latent: Tensor, t: Tensor) -> Tensor:
-                return guidance.classifier_free(ours, latent, t, cond, uncond, scale)
+        flow = FlowConfig()
 
+        def network(latent: Tensor, t: Tensor, captions: Context) -> Tensor:
+            return ours(latent, t, *captions)
+
+        def our_sampling() -> Tensor:
+            velocity = Guided(GuidanceConfig(scale=scale), flow, branches(flow, network, cond, uncond, Context.cat))
             with torch.inference_mode():
-                return solvers.euler(velocity, x.latent, solvers.times(steps))
+                return solvers.euler(velocity, x.latent, flow.grid(steps))
 
         def their_sampling(empty_tokens: int, padded: int) -> Tensor:
             """The pipeline's loop: both halves in one batch, each caption padded."""

@@ -235,7 +235,7 @@ def test_every_field_of_a_training_configuration_is_public_without_secrets():
         "data": {"kind": "latents", "path": {secret: 1.0}},
         "log": {"project": secret},
         "objective": {
-            "kind": "rectified_flow",
+            "kind": "text_to_image",
             "model": {"preset": "mmdit-test"},
             "autoencoder": secret,
             "text": {"t5": secret, "clip_l": secret, "clip_g": secret},

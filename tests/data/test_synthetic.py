@@ -310,8 +310,8 @@ def test_folder_with_other_shards_is_refused_and_left_alone(tmp_path: Path) -> N
         write_shards(tmp_path / "ours", SynthConfig(num_samples=3, seed=7))
     assert (tmp_path / "ours" / "00000.tar").read_bytes() == before
     statistics = tmp_path / "ours" / "00000_stats.json"
-    statistics.write_text(statistics.read_text().replace('"drawing": 2', '"drawing": 1'))
-    with pytest.raises(UserError, match=r"00000_stats\.json: drawn with drawing=1, asked for drawing=2"):
+    statistics.write_text(statistics.read_text().replace('"drawing": 3', '"drawing": 1'))
+    with pytest.raises(UserError, match=r"00000_stats\.json: drawn with drawing=1, asked for drawing=3"):
         write_shards(tmp_path / "ours", SynthConfig(num_samples=3))
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "00000.tar").write_bytes(b"somebody's")

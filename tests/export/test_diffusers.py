@@ -19,12 +19,13 @@ from torch import Tensor, nn
 
 from stack.evaluate.sample import load_sampler
 from stack.flow.noise import NoisePlan
+from stack.flow.process import FlowConfig
 from stack.models.mmdit import MMDiT, MMDiTConfig
 from stack.text.conditioning import collate, join
 from stack.text.encoders import TextConfig
 from stack.train import snapshot
-from stack.train.rectified_flow import encoder_fingerprints
 from stack.train.sampler import SamplerConfig
+from stack.train.text_to_image import encoder_fingerprints
 
 PROMPT = "a small red star at the left of a large blue circle!"
 SD3: dict[str, Any] = {"preset": "mmdit-test", "context_dim": 128, "pooled_dim": 128}
@@ -48,7 +49,8 @@ def make(stage, tmp_path_factory, mmdit) -> Callable[..., tuple[Path, Path]]:
         encoders = {name: str(stage.encoders / name) for name in ("t5", "clip_l", "clip_g")}
         captions = TextConfig(**{**encoders, "pad": "full", "t5_max_tokens": 40, **text})
         metadata = {
-            "kind": "rectified_flow",
+            "kind": "text_to_image",
+            "flow": FlowConfig().model_dump(mode="json"),
             "model": config.model_dump(mode="json"),
             "text": captions.model_dump(mode="json"),
             "autoencoder": str(stage.codec),

@@ -13,6 +13,7 @@ from safetensors import safe_open
 from autoencoders.codec import fingerprint
 from stack.export.card import Subject
 from stack.export.single import architecture
+from stack.flow.process import FlowConfig
 from stack.models import convert
 from stack.models.mmdit import MMDiT, MMDiTConfig
 from stack.models.presets import PRESETS
@@ -26,7 +27,8 @@ def write_run(stage, run: Path, preset: str) -> MMDiT:
     network.init_weights(seed=0)
     text = TextConfig(t5=str(stage.encoders / "t5"), clip_l=str(stage.encoders / "clip_l"))
     metadata = {
-        "kind": "rectified_flow",
+        "kind": "text_to_image",
+        "flow": FlowConfig().model_dump(mode="json"),
         "model": config.model_dump(mode="json"),
         "text": text.model_dump(mode="json"),
         "autoencoder": str(stage.codec),

@@ -6,7 +6,8 @@ import torch
 
 from stack.config import UserError, load
 from stack.flow.noise import NoisePlan
-from stack.flow.solvers import times
+from stack.flow.path import EDM, VP, Linear, Path
+from stack.flow.process import FlowConfig
 from stack.flow.timesteps import (
     MAX_MODE_SCALE,
     TimestepConfig,
@@ -26,6 +27,8 @@ DENSITIES = [
     TimestepConfig(kind="cosmap"),
     TimestepConfig(kind="cosmap", shift=1.8),
 ]
+NARROW = TimestepConfig(kind="log_normal", mean=-0.5, std=0.6)  # within the paths' ends
+LOG_NORMAL = TimestepConfig(kind="log_normal", mean=-1.2, std=1.2)
 
 
 def test_mode_figures() -> None:
@@ -34,16 +37,20 @@ def test_mode_figures() -> None:
     assert pytest.approx(1.7519383938841089, abs=1e-15) == MAX_MODE_SCALE
 
 
-@pytest.mark.parametrize("config", DENSITIES, ids=str)
-def test_density_is_that_of_the_samples(config: TimestepConfig) -> None:
+@pytest.mark.parametrize(
+    ("config", "path"),
+    [*((config, Linear()) for config in DENSITIES), *((NARROW, path) for path in (Linear(), VP(), EDM()))],
+    ids=str,
+)
+def test_density_is_that_of_the_samples(config: TimestepConfig, path: Path) -> None:
     n = 400_000
-    t = config.sample((torch.arange(n, dtype=torch.float64) + 0.5) / n)
+    t = config.sample((torch.arange(n, dtype=torch.float64) + 0.5) / n, path)
     assert t.min() > 0
     assert t.max() < 1
     found, edges = np.histogram(t.numpy(), bins=40, range=(0, 1))
     fine = torch.linspace(0, 1, 40 * 50 + 1, dtype=torch.float64)
     middles = (fine[1:] + fine[:-1]) / 2
-    mass = config.density(middles).reshape(40, 50).mean(1) / 40
+    mass = config.density(middles, path).reshape(40, 50).mean(1) / 40
     assert len(edges) == 41
     np.testing.assert_allclose(found / n, mass.numpy(), rtol=2e-3, atol=2e-5)
     assert mass.sum().item() == pytest.approx(1, abs=1e-4)
@@ -51,24 +58,24 @@ def test_density_is_that_of_the_samples(config: TimestepConfig) -> None:
 
 def test_logit_normal_has_the_mean_and_spread_it_says() -> None:
     u = NoisePlan(0).at(0, range(1)).uniform("t", (100_000,))[0]
-    logits = torch.logit(TimestepConfig(mean=0.4, std=0.7).sample(u))
+    logits = torch.logit(TimestepConfig(mean=0.4, std=0.7).sample(u, Linear()))
     assert logits.mean().item() == pytest.approx(0.4, abs=0.01)
     assert logits.std().item() == pytest.approx(0.7, abs=0.01)
 
 
 def test_cosmap_density_formula() -> None:
-    assert TimestepConfig(kind="cosmap").density(torch.tensor(0.5, dtype=torch.float64)).item() == pytest.approx(
-        2 / (math.pi - math.pi / 2)
-    )
+    assert TimestepConfig(kind="cosmap").density(
+        torch.tensor(0.5, dtype=torch.float64), Linear()
+    ).item() == pytest.approx(2 / (math.pi - math.pi / 2))
 
 
 @pytest.mark.parametrize("config", DENSITIES, ids=str)
 def test_float32_stays_finite_at_the_ends(config: TimestepConfig) -> None:
     u = torch.tensor([2**-24, 0.5, 1 - 2**-24])
-    t = config.sample(u)
+    t = config.sample(u, Linear())
     assert t.dtype == torch.float32
     assert ((t >= 0) & (t <= 1)).all()
-    torch.testing.assert_close(t.double(), config.sample(u.double()), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(t.double(), config.sample(u.double(), Linear()), rtol=1e-5, atol=1e-6)
 
 
 def test_resolution_shift() -> None:
@@ -84,7 +91,7 @@ def test_flux_figures() -> None:
     assert math.log(flux_shift(1024)) == pytest.approx(0.63)
     assert flux_shift(1024) == pytest.approx(1.877611, abs=5e-7)
     assert flux_shift(4096) == pytest.approx(3.158193, abs=5e-7)
-    grid = times(4, flux_shift(4096))
+    grid = FlowConfig().grid(4, flux_shift(4096))
     torch.testing.assert_close(grid.tolist(), [1.0, 0.904531, 0.759511, 0.512844, 0.0], rtol=0, atol=5e-7)
 
 

@@ -33,6 +33,11 @@ def test_a_missing_configuration(mmdit, tmp_path):
     refused(mmdit("train", tmp_path / "none.yaml"), "none.yaml", "no such configuration file")
 
 
+def test_an_autoencoder_of_grey_images(mmdit, stage, tmp_path):
+    overrides = (f"run.dir={tmp_path / 'run'}", "data.channels=1")
+    refused(mmdit("train", stage.folder / "autoencoder.yaml", *overrides), "data.channels=1", "takes RGB")
+
+
 def test_a_missing_folder_of_shards(mmdit, stage, tmp_path):
     config = stage.folder / "preencode.yaml"
     refused(mmdit("preencode", config, f"source={tmp_path}/nowhere", f"out={tmp_path}/o"), "nowhere", "no such")

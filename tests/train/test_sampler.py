@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from stack.config import validate
 from stack.evaluate.sample import load_sampler
 from stack.train.sampler import SamplerConfig
 
@@ -32,3 +33,10 @@ def test_sizes_and_solvers(sampler, solver):
     images = sampler.sample(encoders.encode(["a star"]), (40, 24), SamplerConfig(steps=2, solver=solver), [0], seed=0)
     assert images[0].shape == (24, 40, 3)
     assert images[0].dtype == np.uint8
+
+
+def test_guidance_without_a_scale_keeps_the_samplers() -> None:
+    values = {"rescale": 0.7, "interval": [0.1, 0.9]}
+    assert validate(SamplerConfig, {"guidance": values}, "x.yaml").guidance.scale == 4
+    assert validate(SamplerConfig, {"guidance": {**values, "scale": 2}}, "x.yaml").guidance.scale == 2
+    assert validate(SamplerConfig, {"guidance": 3}, "x.yaml").guidance.scale == 3

@@ -1,4 +1,5 @@
-"""Text-to-image pre-training: an MM-DiT on rectified flow (SD3, arXiv 2403.03206) over pre-encoded samples.
+"""Text-to-image pre-training: an MM-DiT over pre-encoded samples, on rectified flow (SD3, arXiv 2403.03206) or any
+other objective of `stack.flow.process`.
 
 Shapes: B batch · C channels · H W height, width of the latent · L text tokens · D width.
 """
@@ -17,21 +18,20 @@ from torch import Tensor, nn
 from autoencoders.codec import Affine, Codec, Moments, draw, fingerprint
 from stack.config import Config, UserError
 from stack.data.dataset import LatentBatch, LatentDataset
-from stack.flow import path
 from stack.flow.noise import Draws
-from stack.flow.timesteps import TimestepConfig
-from stack.models import convert
+from stack.flow.process import Example, FlowConfig
+from stack.models import captioned, convert
+from stack.models.captioned import CaptionNetwork
 from stack.models.compute import ComputeConfig, configure
 from stack.models.flops import flops_per_sample
 from stack.models.mmdit import MMDiT, MMDiTConfig
+from stack.models.unet import UNetConfig
 from stack.text.conditioning import EncodedText, join
 from stack.text.encoders import TextConfig, TextEncoders, fingerprints
 from stack.train.objective import Losses
 from stack.train.pictures import contact_sheet
 from stack.train.sampler import Sampler, SamplerConfig, check_size
 from stack.train.snapshot import Snapshot
-
-VALIDATION_LEVELS = 8
 
 Probability = Annotated[float, Field(ge=0, le=1)]
 
@@ -56,13 +56,12 @@ class PreviewConfig(SamplerConfig):
     """(width, height) in pixels."""
 
 
-class RectifiedFlowConfig(Config):
-    kind: Literal["rectified_flow"] = "rectified_flow"
-    model: MMDiTConfig
+class TextToImageConfig(FlowConfig):
+    kind: Literal["text_to_image"] = "text_to_image"
+    model: captioned.NetworkConfig
     text: TextConfig
     autoencoder: str
     """Folder or hub id of the codec that made the latents."""
-    timesteps: TimestepConfig = TimestepConfig()
     dropout: DropoutConfig = DropoutConfig()
     guidance: float = 1.0
     """What a model with a guidance embedding is told while it trains on plain data."""
@@ -95,12 +94,26 @@ def _read(path: Path, config: MMDiTConfig) -> MMDiT:
     return network
 
 
-class RectifiedFlow:
-    """Velocity matching: mean square of v − (ε − x_0), which is SD3's w_t = t/(1−t)·π(t) on the ε error."""
+def _check_model(
+    model: MMDiTConfig | UNetConfig, compute: ComputeConfig, init: Path | None, channels: int, folder: str | Path
+) -> None:
+    if isinstance(model, MMDiTConfig):
+        if model.in_channels != channels:
+            raise UserError(
+                f"objective.model.in_channels is {model.in_channels}, the latents of {folder} have {channels} channels"
+            )
+        return
+    for key, given in (("init.from", init is not None), ("compute", compute != ComputeConfig())):
+        if given:
+            raise UserError(f"{key} is for an MM-DiT: objective.model.kind={model.kind} has no use for it")
+
+
+class TextToImage:
+    """Without another word in the configuration: the mean square of v − (ε − x_0) on the straight path."""
 
     def __init__(
         self,
-        config: RectifiedFlowConfig,
+        config: TextToImageConfig,
         data: LatentDataset,
         seed: int,
         device: torch.device,
@@ -110,78 +123,83 @@ class RectifiedFlow:
         manifest = data.manifest
         self._encoders = encoder_fingerprints(config.text, config.autoencoder)
         manifest.check(data.folder, self._encoders, config.text)
-        if config.model.in_channels != manifest.latent_channels:
-            raise UserError(
-                f"objective.model.in_channels is {config.model.in_channels}, the latents of {data.folder} have "
-                f"{manifest.latent_channels} channels"
-            )
-        self._config = config
+        _check_model(config.model, compute, init, manifest.latent_channels, data.folder)
+        if config.coupling.kind == "paired":
+            raise UserError("objective.coupling.kind=paired: latents have no second image to begin with")
+        config.preview.check(config)
+        for key, none in (("autoguidance", 1), ("classifier", 0)):
+            if getattr(config.preview.guidance, key) != none:
+                raise UserError(f"objective.preview.guidance.{key}: a training has nothing that it would scale")
+        self._config, self._batch_size = config, data.config.batch_size
         for side in (*manifest.buckets, config.preview.size):
             check_size(config.model, manifest.latent_factor, side)
         self._affine = Affine(manifest.scale, manifest.shift)
         self._check_widths(config, manifest.empty_text)
         self._device = device
         self._sampler: Sampler | None = None
-        network = _read(init, config.model) if init else MMDiT(config.model)
-        if init is None:
-            network.init_weights(seed)
-        configure(network, compute)
+        network: CaptionNetwork
+        if init and isinstance(config.model, MMDiTConfig):
+            network = _read(init, config.model)
+        else:
+            network = captioned.build(config.model, manifest.latent_channels, seed)
+        if isinstance(network, MMDiT):
+            configure(network, compute)
         self.network: nn.Module = network
 
     @staticmethod
-    def _check_widths(config: RectifiedFlowConfig, text: EncodedText) -> None:
+    def _check_widths(config: TextToImageConfig, text: EncodedText) -> None:
         clip = sum(t.shape[-1] for t in (text.clip_l, text.clip_g) if t is not None and len(t))
         needed = max(clip, text.t5.shape[-1] if text.t5 is not None else 0)
         if config.model.context_dim < needed:
             raise UserError(f"objective.model.context_dim is {config.model.context_dim}, the captions need {needed}")
-        if config.model.pooled_dim != text.pooled.shape[-1]:
+        if isinstance(config.model, MMDiTConfig) and config.model.pooled_dim != text.pooled.shape[-1]:
             raise UserError(
                 f"objective.model.pooled_dim is {config.model.pooled_dim}, the captions' is {text.pooled.shape[-1]}"
             )
 
-    def _noised(self, batch: LatentBatch, draws: Draws, t_B: Tensor) -> tuple[Tensor, Tensor]:
-        """x_t and the target velocity, both [B, C, H, W]."""
-        device, shape = t_B.device, tuple(batch.mean_BCHW.shape[1:])
-        posterior = draws.normal("posterior", shape).to(device)
-        noise = draws.normal("noise", shape).to(device)
-        latent = draw(Moments(batch.mean_BCHW, batch.logvar_BCHW), posterior, self._affine)
-        return path.interpolate(latent, noise, t_B), path.velocity(latent, noise)
+    def _latent(self, batch: LatentBatch, draws: Draws) -> Tensor:
+        """x_0 [B, C, H, W], drawn from the stored moments."""
+        posterior = draws.normal("posterior", tuple(batch.mean_BCHW.shape[1:])).to(batch.mean_BCHW.device)
+        return draw(Moments(batch.mean_BCHW, batch.logvar_BCHW), posterior, self._affine)
 
-    def _error_B(
-        self, network: nn.Module, batch: LatentBatch, draws: Draws, t_B: Tensor, **keep: Tensor
-    ) -> tuple[Tensor, int]:
-        """Of each sample, and the floating-point operations that it took, forward and backward."""
-        x_BCHW, target_BCHW = self._noised(batch, draws, t_B)
-        guidance_B = torch.full_like(t_B, self._config.guidance) if self._config.model.guidance_embedding else None
-        context = join(batch.text, self._config.model.context_dim, **keep)
-        velocity_BCHW = network(x_BCHW, t_B, *context, guidance_B)
-        num_image = math.prod(x_BCHW.shape[2:]) // self._config.model.patch_size**2
-        flop = sum(flops_per_sample(self._config.model, num_image, length)[1] for length in context.lengths)
-        return (velocity_BCHW.float() - target_BCHW).square().flatten(1).mean(1), flop
+    def _loss_B(
+        self, network: nn.Module, batch: LatentBatch, example: Example, **keep: Tensor
+    ) -> tuple[Tensor, int | None]:
+        """Of each sample, and the floating-point operations that it took, forward and backward, where known."""
+        x_BCHW, t_B, model = example.x_t, example.t_B, self._config.model
+        guidance_B = torch.full_like(t_B, self._config.guidance) if model.guidance_embedding else None
+        context = join(batch.text, model.context_dim, **keep)
+        output_BCHW = network(x_BCHW * self._config.input_scale(t_B, x_BCHW), t_B, *context, guidance_B)
+        loss_B = self._config.loss_B(output_BCHW, example)
+        if not isinstance(model, MMDiTConfig):
+            return loss_B, None
+        num_image = math.prod(x_BCHW.shape[2:]) // model.patch_size**2
+        return loss_B, sum(flops_per_sample(model, num_image, length)[1] for length in context.lengths)
 
     def loss(self, network: nn.Module, batch: LatentBatch, draws: Draws) -> Losses:
-        device = batch.mean_BCHW.device
-        t_B = self._config.timesteps.sample(draws.uniform("timestep")).float().to(device)
-        dropout = self._config.dropout
-        keep_any_B = draws.uniform("keep_all") >= dropout.all
+        config, latent_BCHW = self._config, self._latent(batch, draws)
+        t_B = config.times(draws, self._batch_size).to(latent_BCHW.device)
+        noise_BCHW = config.coupling.noise(latent_BCHW, draws, self._batch_size)
+        keep_any_B = draws.uniform("keep_all") >= config.dropout.all
         keep = {
-            f"keep_{name}_B": keep_any_B & (draws.uniform(f"keep_{name}") >= getattr(dropout, name))
+            f"keep_{name}_B": keep_any_B & (draws.uniform(f"keep_{name}") >= getattr(config.dropout, name))
             for name in ("t5", "clip_l", "clip_g")
         }
-        error_B, flop = self._error_B(network, batch, draws, t_B, **keep)
-        return Losses(error_B.mean(), flop=flop, by_time=(error_B, t_B))
+        loss_B, flop = self._loss_B(network, batch, config.example(latent_BCHW, noise_BCHW, t_B), **keep)
+        return Losses(loss_B.mean(), flop=flop, by_time=(loss_B, t_B))
 
     def validate(self, network: nn.Module, batch: LatentBatch, draws: Draws) -> Tensor:
-        """One level a sample, t = i/8 with i its place in the set modulo 8 (MLPerf Training v5.1's rule)."""
-        levels = [position % VALIDATION_LEVELS / VALIDATION_LEVELS for position in batch.positions]
-        return self._error_B(network, batch, draws, torch.tensor(levels, device=batch.mean_BCHW.device))[0]
+        latent_BCHW = self._latent(batch, draws)
+        noise_BCHW = self._config.coupling.noise(latent_BCHW, draws, None)
+        example = self._config.validation_example(latent_BCHW, noise_BCHW, batch.positions)
+        return self._loss_B(network, batch, example)[0]
 
     def preview(self, network: nn.Module) -> Image:
-        assert isinstance(network, MMDiT)
+        assert isinstance(network, CaptionNetwork)
         preview = self._config.preview
         if self._sampler is None:
             codec = Codec.load(self._config.autoencoder).to(self._device)
-            self._sampler = Sampler(network, codec, self._config.text.pad)
+            self._sampler = Sampler(network, codec, self._config.text.pad, self._config)
             self._texts = TextEncoders(self._config.text, self._device).encode(preview.prompts)
         self._sampler.network = network
         images = self._sampler.sample(self._texts, preview.size, preview, range(len(preview.prompts)), preview.seed)
@@ -190,6 +208,7 @@ class RectifiedFlow:
     def metadata(self) -> dict[str, Any]:
         return {
             "kind": self._config.kind,
+            "flow": self._config.model_dump(mode="json", include=set(FlowConfig.model_fields)),
             "model": self._config.model.model_dump(mode="json"),
             "text": self._config.text.model_dump(mode="json"),
             "autoencoder": self._config.autoencoder,

@@ -1,0 +1,224 @@
+"""Images from class labels, in pixels: a DiT or a U-Net on any objective of `stack.flow.process`.
+
+Shapes: B batch · C channels · H W height, width.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from PIL.Image import Image
+from pydantic import NonNegativeInt, PositiveInt
+from torch import Tensor, nn
+
+from autoencoders.codec import to_uint8
+from stack.config import UserError, validate
+from stack.data.dataset import ImageBatch, ImageDataset
+from stack.flow.draw import GuidedConfig, draw
+from stack.flow.guidance import Branches, ClassifierFn, Guided, branches, classifier_gradient
+from stack.flow.likelihood import Bits, LikelihoodConfig, bits_per_dim
+from stack.flow.noise import Draws, NoisePlan
+from stack.flow.process import Example, FlowConfig
+from stack.flow.samplers import NoiseFn
+from stack.models import labelled
+from stack.models.labelled import LabelNetwork, NetworkConfig
+from stack.train import snapshot
+from stack.train.classifier import load_classifier
+from stack.train.objective import Losses
+from stack.train.pictures import contact_sheet
+from stack.train.text_to_image import Probability
+
+
+class PreviewConfig(GuidedConfig):
+    count: PositiveInt = 40
+    """Samples on the sheet, whose labels take turns."""
+    seed: int = 0
+    classifier: Path | None = None
+    """Run of the noisy classifier that guidance.classifier scales."""
+
+
+class ClassToImageConfig(FlowConfig):
+    kind: Literal["class_to_image"] = "class_to_image"
+    model: NetworkConfig
+    classes: NonNegativeInt
+    """Labels run from 0 to classes − 1; 0: no labels, an unconditional model."""
+    dropout: Probability = 0.1
+    """Share of the samples whose label is dropped, for classifier-free guidance (arXiv 2207.12598)."""
+    preview: PreviewConfig = PreviewConfig()
+
+
+class ClassToImage:
+    """What stands at t = 1 is noise, or with the coupling `paired` the sample's second image."""
+
+    def __init__(self, config: ClassToImageConfig, data: ImageDataset, seed: int, device: torch.device):
+        _check(config, data)
+        self._config, self._batch_size, self._device = config, data.config.batch_size, device
+        self._channels, self._sides = data.channels, list(data.sides)
+        network = labelled.build(config.model, self._channels, self._sides, config.classes, seed)
+        self.network: nn.Module = network
+        self._classifier = classifier_of(config.preview.classifier, config, self._channels, device)
+        self._shown = next(iter(data.validation(config.preview.count)), None) if _paired(config) else None
+        if _paired(config) and self._shown is None:
+            raise UserError("objective.coupling.kind=paired is shown on held-out pairs, and there are none: raise "
+                            "data.validation_share")  # fmt: skip
+
+    def _label_B(self, batch: ImageBatch) -> Tensor:
+        none_B = torch.full((len(batch.keys),), self._config.classes, device=batch.image_BCHW.device)
+        return batch.label_B if self._config.classes and batch.label_B is not None else none_B
+
+    def _end(self, batch: ImageBatch, draws: Draws, batch_size: int | None) -> Tensor:
+        """What stands at t = 1, [B, C, H, W]."""
+        if batch.paired_BCHW is not None:
+            return batch.paired_BCHW
+        return self._config.coupling.noise(batch.image_BCHW, draws, batch_size)
+
+    def _loss_B(self, network: nn.Module, example: Example, label_B: Tensor) -> Tensor:
+        scaled = example.x_t * self._config.input_scale(example.t_B, example.x_t)
+        return self._config.loss_B(network(scaled, example.t_B, label_B), example)
+
+    def loss(self, network: nn.Module, batch: ImageBatch, draws: Draws) -> Losses:
+        config, device = self._config, batch.image_BCHW.device
+        t_B = config.times(draws, self._batch_size).to(device)
+        dropped_B = (draws.uniform("keep_label") < config.dropout).to(device)
+        label_B = self._label_B(batch).masked_fill(dropped_B, config.classes)
+        example = config.example(batch.image_BCHW, self._end(batch, draws, self._batch_size), t_B)
+        loss_B = self._loss_B(network, example, label_B)
+        return Losses(loss_B.mean(), by_time=(loss_B, t_B))
+
+    def validate(self, network: nn.Module, batch: ImageBatch, draws: Draws) -> Tensor:
+        end_BCHW = self._end(batch, draws, None)
+        example = self._config.validation_example(batch.image_BCHW, end_BCHW, batch.positions)
+        return self._loss_B(network, example, self._label_B(batch))
+
+    def bits_per_dim(
+        self, network: nn.Module, batch: ImageBatch, draws: Draws, how: LikelihoodConfig, num_steps: int
+    ) -> Bits:
+        """Of the batch's images under their labels, see `stack.flow.likelihood.bits_per_dim`."""
+        config, label_B = self._config, self._label_B(batch)
+        velocity = config.velocity_fn(config.predictor(lambda x_BCHW, t_B: network(x_BCHW, t_B, label_B)))
+        return bits_per_dim(velocity, config.path, batch.image_BCHW, config.grid(num_steps), draws, how)
+
+    def preview(self, network: nn.Module) -> Image:
+        """Samples, a column a class as far as there is room; of paired data each under the image it begins with."""
+        config, (width, height) = self._config, self._sides[0]
+        if self._shown is not None:
+            starts, label_B = self._shown.paired_BCHW, self._label_B(self._shown)
+        else:
+            starts, label_B = None, torch.arange(config.preview.count) % max(config.classes, 1)
+        shape = (self._channels, height, width) if starts is None else tuple(starts.shape[1:])
+        draws = NoisePlan(config.preview.seed).at(0, range(len(label_B)))
+
+        def noise(stream: str) -> Tensor:
+            drawn = starts if stream == "noise" and starts is not None else draws.normal(stream, shape)
+            return drawn.to(self._device)
+
+        image_BCHW = sample(network, config, label_B.to(self._device), noise, config.preview, self._classifier)
+        columns = min(config.classes or 8, 10)
+        if starts is not None:
+            columns = min(len(starts), 8)
+            rows = zip(starts.split(columns), image_BCHW.cpu().split(columns), strict=True)
+            image_BCHW = torch.cat([half for row in rows for half in row])
+        pixels = to_uint8(image_BCHW.float().clamp(-1, 1).expand(-1, 3, -1, -1))
+        return contact_sheet(list(pixels.numpy()), columns=columns, cell=64)
+
+    def metadata(self) -> dict[str, Any]:
+        return {
+            "kind": self._config.kind,
+            "objective": self._config.model_dump(mode="json"),
+            "channels": self._channels,
+            "sides": self._sides,
+        }
+
+
+def classifier_of(
+    run: Path | None, config: ClassToImageConfig, channels: int, device: torch.device
+) -> ClassifierFn | None:
+    """The noisy classifier that `run` has trained; UserError where that was on another path, or on other images."""
+    if run is None:
+        return None
+    log_probabilities, trained = load_classifier(run, device)
+    if trained.path != config.path:
+        raise UserError(f"{run}: a classifier of the path {trained.path}, and objective.path is {config.path}")
+    seen = snapshot.read(run).metadata["channels"]
+    if seen != channels or trained.classes < config.classes:
+        raise UserError(
+            f"{run}: a classifier of {trained.classes} classes in images of {seen} channels, wanted are "
+            f"{config.classes} and {channels}"
+        )
+    return log_probabilities
+
+
+def _paired(config: ClassToImageConfig) -> bool:
+    return config.coupling.kind == "paired"
+
+
+def _check(config: ClassToImageConfig, data: ImageDataset) -> None:
+    """UserError where the objective, its data and its preview do not go together: now, not at the first snapshot."""
+    config.preview.check(config)
+    guidance = config.preview.guidance
+    if guidance.scale != 1 and not (config.classes and config.dropout):
+        raise UserError(
+            f"objective.preview.guidance.scale={guidance.scale} needs labels, and some of them dropped: "
+            f"objective.classes is {config.classes}, objective.dropout {config.dropout}"
+        )
+    if guidance.autoguidance != 1:
+        raise UserError("objective.preview.guidance.autoguidance: a training has no weaker network to be guided by")
+    if guidance.classifier != 0 and config.preview.classifier is None:
+        raise UserError(
+            "objective.preview.guidance.classifier needs a classifier's run in objective.preview.classifier"
+        )
+    if config.classes and not data.has_labels:
+        raise UserError(
+            f"objective.classes={config.classes} needs labels: name the key of KEY.json that holds them in data.label"
+        )
+    if _paired(config) != data.has_pairs:
+        raise UserError("objective.coupling.kind=paired and data.paired go together: give both or neither")
+    if _paired(config) and (config.path.kind != "linear" or config.prediction == "score"):
+        raise UserError(
+            f"objective.coupling.kind=paired has images in the place of noise: path.kind={config.path.kind} with "
+            f"prediction={config.prediction} takes it for normal; use path.kind=linear and prediction=velocity"
+        )
+
+
+def sample(
+    network: nn.Module,
+    config: ClassToImageConfig,
+    label_B: Tensor,
+    noise: NoiseFn,
+    how: GuidedConfig,
+    classifier: ClassifierFn | None = None,
+    weak: nn.Module | None = None,
+) -> Tensor:
+    """Images of the labels, [B, C, H, W] in about −1…1.
+
+    noise: as of `stack.flow.draw.draw`, of the images' shape; its stream "noise" is what sampling starts from, and of
+    paired data the second images.  classifier, weak: what guidance.classifier and guidance.autoguidance scale.
+    Raises UserError where guidance asks for what is not there.
+    """
+    none_B = torch.full_like(label_B, config.classes)
+
+    def of(network: nn.Module) -> Branches:
+        if not config.classes:
+            return Branches(config.predictor(lambda x_BCHW, t_B: network(x_BCHW, t_B, none_B)))
+        return branches(config, network, label_B, none_B, torch.cat)
+
+    gradient = None if classifier is None else classifier_gradient(classifier, label_B)
+    guided = Guided(how.guidance, config, of(network), None if weak is None else of(weak).conditional, gradient)
+    return draw(config, guided, noise, how)
+
+
+def load(run: Path, device: torch.device, step: int | None = None) -> tuple[LabelNetwork, ClassToImageConfig]:
+    """The averaged network of snapshot `step` (default: the newest), and its objective.
+
+    Raises UserError where `run` has none, or is of another kind.
+    """
+    snap = snapshot.read(run, step)
+    if snap.metadata["kind"] != "class_to_image":
+        raise UserError(f"{run}: a run of kind {snap.metadata['kind']!r} has no network that draws classes")
+    config = validate(ClassToImageConfig, snap.metadata["objective"], str(snap.path))
+    sides = [(width, height) for width, height in snap.metadata["sides"]]
+    network = labelled.build(config.model, snap.metadata["channels"], sides, config.classes, seed=0)
+    network.load_state_dict(snap.weights)
+    return network.to(device).eval(), config

@@ -1,0 +1,316 @@
+"""Images from labels on any objective: what is trained, what is drawn, and which combinations are refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from stack import config as configuration
+from stack.config import UserError
+from stack.data.dataset import ImageBatch, ImageData, ImageDataset
+from stack.flow.noise import NoisePlan
+from stack.flow.samplers import NoiseFn
+from stack.train import snapshot
+from stack.train.class_to_image import ClassToImage, ClassToImageConfig, PreviewConfig, load, sample
+from stack.train.classifier import Classifier, ClassifierConfig
+from stack.train.recipe import TrainConfig
+
+DIT = {"kind": "dit", "depth": 1, "width": 16, "num_heads": 2}
+UNET = {"kind": "unet", "block_out_channels": [8, 8], "attention": [False, True], "layers_per_block": 1,
+        "num_heads": 2, "context_dim": 8, "norm_groups": 4}  # fmt: skip
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def dataset(labelled_data):
+    return lambda **keys: ImageDataset(ImageData(**{**labelled_data, **keys}), seed=0)
+
+
+@pytest.fixture
+def objective(dataset):
+    def build(data: dict[str, Any] | None = None, **keys: Any) -> ClassToImage:
+        config = ClassToImageConfig.model_validate({"model": DIT, "classes": 2, **keys})
+        return ClassToImage(config, dataset(**(data or {})), 0, CPU)
+
+    return build
+
+
+def normal(count: int) -> NoiseFn:
+    return lambda stream: NoisePlan(1).at(0, range(count)).normal(stream, (1, 8, 8))
+
+
+class Recorder(torch.nn.Module):
+    """A network that says 0 and remembers what it was asked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[torch.Tensor, ...]] = []
+
+    def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
+        self.calls.append(inputs)
+        return torch.zeros_like(inputs[0])
+
+
+def batch(count: int = 2000) -> ImageBatch:
+    label_B = torch.arange(count) % 2
+    return ImageBatch(0, list(range(count)), [""] * count, torch.full((count, 1, 8, 8), 0.5), label_B)
+
+
+def test_labels_are_dropped_at_the_asked_rate_and_never_in_validation(objective):
+    made, network = objective(dropout=0.25), Recorder()
+    losses = made.loss(network, batch(), NoisePlan(0).at(0, range(2000)))
+    label_B = network.calls[-1][2]
+    dropped = label_B == 2
+    assert abs(float(dropped.float().mean()) - 0.25) < 4 * (0.25 * 0.75 / 2000) ** 0.5
+    assert torch.equal(label_B[~dropped], batch().label_B[~dropped])
+    assert losses.by_time is not None
+    assert torch.isclose(losses.total, losses.by_time[0].mean())
+    made.validate(network, batch(), NoisePlan(0).at(0, range(2000)))
+    assert torch.equal(network.calls[-1][2], batch().label_B)
+
+
+def test_without_classes_no_label_is_told(objective):
+    made, network = objective(classes=0), Recorder()
+    made.loss(network, batch(), NoisePlan(0).at(0, range(2000)))
+    assert not network.calls[-1][2].any()
+    made.validate(network, batch(), NoisePlan(0).at(0, range(2000)))
+    assert not network.calls[-1][2].any()
+
+
+def test_the_loss_of_a_network_that_says_nothing_is_the_targets_square(objective):
+    """ε − x_0 with x_0 = ½ everywhere: 1 + ¼."""
+    made = objective()
+    loss = made.loss(Recorder(), batch(), NoisePlan(0).at(0, range(2000))).total
+    assert abs(float(loss) - 1.25) < 0.02
+
+
+def test_validation_goes_through_eight_levels_of_the_paths_span(objective):
+    made, network = objective(path={"kind": "vp"}, prediction="eps"), Recorder()
+    made.validate(network, batch(16), NoisePlan(0).at(0, range(16)))
+    first, last = 1e-3, 1.0
+    expected = [first + (last - first) * (i % 8) / 8 for i in range(16)]
+    assert network.calls[-1][1].tolist() == pytest.approx(expected)
+
+
+def test_on_an_exploding_path_the_network_sees_scaled_images(objective):
+    made, network = objective(path={"kind": "edm"}, prediction="edm"), Recorder()
+    made.validate(network, batch(800), NoisePlan(0).at(0, range(800)))
+    x, t, _ = network.calls[-1]
+    assert float(x[t > 0.8].std()) == pytest.approx(1, abs=0.05)
+
+
+@pytest.mark.parametrize(
+    ("path", "prediction"),
+    [("linear", "velocity"), ("linear", "x"), ("cosine", "v"), ("ddpm", "eps"), ("edm", "edm"), ("ve", "score")],
+)
+@pytest.mark.parametrize("model", [DIT, UNET], ids=["dit", "unet"])
+def test_every_objective_has_a_gradient_and_a_sheet(objective, dataset, path, prediction, model):
+    """The sheet of a new network, which says 0, holds no NaN: it is drawn up to the path's ends."""
+    made = objective(model=model, path={"kind": path}, prediction=prediction, preview={"count": 4, "steps": 3})
+    data = dataset()
+    one = next(iter(data.loader(0, 1, 0, 1, 1)))
+    loss = made.loss(made.network, one, NoisePlan(0).at(0, one.positions)).total
+    loss.backward()
+    gradients = [p.grad for p in made.network.parameters() if p.grad is not None]
+    assert torch.isfinite(loss)
+    assert all(torch.isfinite(g).all() for g in gradients)
+    assert any(g.any() for g in gradients)
+    with torch.inference_mode():
+        image = sample(made.network, made._config, torch.arange(2), normal(2), PreviewConfig(steps=3))
+        assert torch.isfinite(image).all()
+        assert made.preview(made.network).size[0] > 64
+
+
+def test_guidance_is_of_the_label_against_none(objective):
+    made = objective()
+
+    class Labels(torch.nn.Module):
+        def forward(self, x, t, label):
+            return torch.ones_like(x) * label.reshape(-1, 1, 1, 1)
+
+    for scale in (1.0, 3.0):
+        end = sample(Labels(), made._config, torch.arange(2), normal(2), PreviewConfig(steps=4, guidance=scale))
+        velocity = torch.tensor([2 + scale * (0 - 2), 2 + scale * (1 - 2)]).reshape(-1, 1, 1, 1)
+        assert torch.allclose(end, normal(2)("noise") - velocity, atol=1e-5)
+
+
+def test_pairs_begin_with_their_second_image(objective, dataset, labelled):
+    paired = {"paired": str(labelled / "paired")}
+    made, network = objective(paired, coupling={"kind": "paired"}), Recorder()
+    one = next(iter(dataset(**paired).loader(0, 1, 0, 1, 1)))
+    made.loss(network, one, NoisePlan(0).at(0, one.positions))
+    x, t_B, _ = network.calls[-1]
+    t = t_B.reshape(-1, 1, 1, 1)
+    assert torch.allclose(x, (1 - t) * one.image_BCHW + t * one.paired_BCHW, atol=1e-6)
+    assert torch.allclose(one.image_BCHW, -one.paired_BCHW, atol=0.05)
+    with torch.inference_mode():
+        assert made.preview(made.network).size[1] > 64
+
+
+@pytest.mark.parametrize(
+    ("data", "keys", "message"),
+    [
+        ({"label": None}, {}, r"objective\.classes=2 needs labels: .* data\.label"),
+        ({}, {"preview": {"solver": "langevin"}}, r"langevin wants path\.kind ve or edm"),
+        ({}, {"preview": {"guidance": 2}, "dropout": 0}, r"guidance\.scale=2.0 needs labels, and some of them dropped"),
+        ({}, {"preview": {"guidance": 2}, "classes": 0}, r"objective\.classes is 0, objective\.dropout 0.1"),
+        ({}, {"preview": {"guidance": {"autoguidance": 2}}}, "no weaker network"),
+        (
+            {},
+            {"preview": {"guidance": {"classifier": 1}}},
+            r"needs a classifier's run in objective\.preview\.classifier",
+        ),
+        ({}, {"coupling": {"kind": "paired"}}, "give both or neither"),
+        ({"paired": "paired", "validation_share": 0}, {"coupling": {"kind": "paired"}}, "shown on held-out pairs"),
+        ({"paired": "paired"}, {}, "give both or neither"),
+        ({"paired": "paired"}, {"coupling": {"kind": "paired"}, "path": {"kind": "vp"}}, "takes it for normal"),
+        ({"paired": "paired"}, {"coupling": {"kind": "paired"}, "prediction": "score"}, "takes it for normal"),
+        ({"buckets": {"resolution": 32}}, {}, r"kind=dit takes square images .* 32×32, 40×24, 24×40"),
+        ({}, {"model": {**DIT, "patch_size": 3}}, r"images of 8×8 do not divide into objective\.model\.patch_size=3"),
+    ],
+)
+def test_what_does_not_go_together_says_why(objective, labelled, data, keys, message):
+    if "paired" in data:
+        data = {**data, "paired": str(labelled / data["paired"])}
+    with pytest.raises(UserError, match=message):
+        objective(data, **keys)
+
+
+@pytest.fixture
+def recipe(labelled_data):
+    def write(run: Path, **sections: Any) -> Path:
+        preview = {"count": 8, "steps": 8}
+        values: dict[str, Any] = {
+            "run": {"dir": str(run)},
+            "data": labelled_data,
+            "objective": {"kind": "class_to_image", "model": DIT, "classes": 2, "preview": preview},
+            "optim": {"lr": 1e-2, "weight_decay": 0.0},
+            "schedule": {"steps": 120, "warmup": 5},
+            "checkpoint": {"every": 60},
+            "ema": {"decay": 0.9},
+            "log": {"every": 10, "wandb": "disabled"},
+        }
+        values |= {name: {**values[name], **keys} for name, keys in sections.items()}
+        run.with_suffix(".yaml").write_text(yaml.safe_dump(values))
+        return run.with_suffix(".yaml")
+
+    return write
+
+
+def test_a_training_learns_the_classes_and_its_snapshot_draws_them(recipe, tmp_path, mmdit):
+    run = tmp_path / "run"
+    done = mmdit("train", recipe(run))
+    assert done.returncode == 0, done.stderr
+    network, config = load(run, CPU)
+    with torch.inference_mode():
+        label_B = torch.arange(16) % 2
+        image = sample(network, config, label_B, normal(16), PreviewConfig(solver="heun"))
+    means = image.mean((1, 2, 3))
+    assert means[label_B == 0].max() < 0 < means[label_B == 1].min()
+    assert (run / "samples" / "00000120.png").exists()
+    metadata = snapshot.read(run).metadata
+    assert (metadata["kind"], metadata["channels"], metadata["sides"]) == ("class_to_image", 1, [[8, 8]])
+
+
+def test_a_snapshot_is_drawn_and_judged_by_its_commands(recipe, tmp_path, mmdit):
+    run = tmp_path / "run"
+    assert mmdit("train", recipe(run)).returncode == 0
+    labels = tmp_path / "labels.txt"
+    labels.write_text("0\n1\n1\n")
+    means = {}
+    for name, given in (("0", ("0",)), ("1", ("1",)), ("sheet", ("--prompts", labels))):
+        options = ("--solver", "dpm_solver_pp_2m", "--steps", 6, "-o", tmp_path / f"{name}.png")
+        done = mmdit("sample", run, *given, *options)
+        assert done.returncode == 0, done.stderr
+        means[name] = np.asarray(Image.open(tmp_path / f"{name}.png")).mean()
+    assert means["0"] < 127 < means["1"]
+    for given, message in (("2", "has labels from 0 to 1"), ("bright", "is no label"), ("²", "is no label")):
+        done = mmdit("sample", run, given)
+        assert (done.returncode, message in done.stderr) == (2, True)
+
+    done = mmdit("export", run, "-o", tmp_path / "exported", "--to", "diffusers")
+    assert (done.returncode, "a run of kind 'class_to_image' has no form of others" in done.stderr) == (2, True)
+    done = mmdit("evaluate", run, "data.validation_share=0", "--nll", 4)
+    assert (done.returncode, "no samples are held out to take bits a dimension of" in done.stderr) == (2, True)
+
+    options = ("--nll", 4, "--nll-set", "steps=20")
+    exact = mmdit("evaluate", run, *options, "--nll-set", "trace=exact")
+    assert exact.returncode == 0, exact.stderr
+    probed = mmdit("evaluate", run, *options, "--nll-set", "probes=16", "--nll-set", "trace=gaussian")
+    exact, probed = json.loads(exact.stdout), json.loads(probed.stdout)
+    assert exact["nll_images"] == probed["nll_images"] == 4
+    assert exact["bits_per_dim_trace_error"] == 0
+    error = probed["bits_per_dim_trace_error"]
+    assert 0 < error < 1
+    assert probed["bits_per_dim"] == pytest.approx(exact["bits_per_dim"], abs=4 * error)
+    assert exact["bits_per_dim"] < 8  # a uniform model's
+    assert set(exact["val_loss_at_t"]) == {str(i / 8) if i else "0" for i in range(8)}
+
+
+def test_a_training_that_was_stopped_goes_on_exactly(recipe, tmp_path, mmdit, history):
+    """diffusers' own label dropout would draw from torch's generator, which nobody saves."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    keys = {"log": {"every": 1}, "checkpoint": {"every": 3}, "schedule": {"steps": 6, "warmup": 2}}
+    for run in (whole, parts):
+        assert mmdit("train", recipe(run, **keys)).returncode == 0
+    shutil.rmtree(parts / "checkpoints" / "00000006")
+    assert mmdit("train", parts.with_suffix(".yaml")).returncode == 0
+    assert history(parts) == history(whole)
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"objective": {"classes": 1}}, "has label 1, and objective.classes=1 ends with 0"),
+        ({"data": {"label": "number"}}, "and objective.classes=2 ends with 1"),
+        ({"data": {"label": "nothing"}}, "× no label"),
+    ],
+)
+def test_labels_that_do_not_fit_end_a_training_in_one_line(recipe, tmp_path, mmdit, sections, message):
+    done = mmdit("train", recipe(tmp_path / "run", **sections))
+    assert done.returncode == 2
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("mmdit:")]
+    assert message in line
+
+
+def test_a_preview_is_guided_by_a_classifier_of_its_own_path(objective, dataset, tmp_path):
+    """Without labels: the classifier alone tells bright from dark."""
+    values = {"model": {"block_out_channels": [8, 8], "norm_groups": 4, "head_size": 8}, "classes": 2}
+    classifier = Classifier(ClassifierConfig.model_validate(values), dataset(), 0, CPU)
+    for parameter in classifier.network.parameters():
+        parameter.data.normal_(std=0.3, generator=torch.Generator().manual_seed(parameter.numel()))
+    weights = {name: p.detach() for name, p in classifier.network.named_parameters()}
+    snapshot.write(tmp_path, 1, weights, classifier.metadata())
+    guidance = {"classifier": 2.0, "interval": [0, 0.9]}
+    preview = {"guidance": guidance, "classifier": str(tmp_path), "count": 4, "steps": 4}
+    plain = objective(classes=0, preview={"count": 4, "steps": 4})
+    guided = objective(classes=0, preview=preview)
+    with torch.inference_mode():
+        sheets = [np.asarray(made.preview(made.network)) for made in (plain, guided)]
+    assert (sheets[0] != sheets[1]).any()
+    with pytest.raises(UserError, match=r"a classifier of the path .*linear.*, and objective\.path is .*vp"):
+        objective(path={"kind": "vp"}, preview=preview)
+    with pytest.raises(UserError, match=r"a classifier of 2 classes in images of 1 channels, wanted are 2 and 3"):
+        objective(data={"channels": 3}, preview=preview)
+    with pytest.raises(UserError, match=r"a classifier of 2 classes .*, wanted are 3 and 1"):
+        objective(classes=3, preview=preview)
+
+
+def test_a_run_of_another_kind_is_refused(tmp_path):
+    snapshot.write(tmp_path, 1, {"x": torch.zeros(1)}, {"kind": "autoencoder"})
+    with pytest.raises(UserError, match="kind 'autoencoder' has no network that draws classes"):
+        load(tmp_path, CPU)
+
+
+def test_the_shipped_recipe_is_of_the_digits():
+    config = configuration.load(TrainConfig, Path(__file__).parents[2] / "configs" / "train" / "digits.yaml")
+    assert isinstance(config.objective, ClassToImageConfig)
+    assert config.objective.classes == 10

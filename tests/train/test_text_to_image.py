@@ -1,0 +1,133 @@
+"""Text to image on objectives and networks beside the default: from the YAML to resumed trainings, samples, results."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from stack.log import read_metrics
+
+UNET = {
+    "kind": "unet",
+    "block_out_channels": [16, 32],
+    "attention": [True, True],
+    "layers_per_block": 1,
+    "num_heads": 2,
+    "context_dim": 128,
+    "norm_groups": 8,
+}
+OBJECTIVES = {
+    "ddpm": {"path": {"kind": "ddpm"}, "prediction": "eps", "timesteps": {"kind": "uniform"}},
+    "vp": {"path": {"kind": "vp"}, "prediction": "v", "weight": {"kind": "min_snr"}},
+    "edm": {
+        "path": {"kind": "edm"},
+        "prediction": "edm",
+        "sigma_data": 1.0,
+        "timesteps": {"kind": "log_normal", "mean": -1.2, "std": 1.2},
+    },
+    "elbo": {
+        "path": {"kind": "cosine"},
+        "prediction": "eps",
+        "timesteps": {"stratified": True},
+        "weight": {"kind": "elbo"},
+    },
+    "transport": {"coupling": {"kind": "optimal_transport"}, "prediction": "x", "weight": {"kind": "velocity"}},
+    "immiscible": {"coupling": {"kind": "immiscible"}},
+    "unet": {"model": UNET},
+}
+
+
+def configure(stage, name: str, objective: dict | None = None, **sections: dict) -> Path:
+    whole = yaml.safe_load(stage.train_config("text-base").read_text())["objective"]
+    return stage.train_config(name, objective={**whole, **(objective or {})}, **sections)
+
+
+@pytest.fixture(scope="module")
+def trained(stage, mmdit):
+    """A function that trains one of OBJECTIVES, once."""
+    done = {}
+
+    def train(name: str):
+        if name not in done:
+            config = configure(stage, f"text-{name}", OBJECTIVES[name])
+            ended = mmdit("train", config)
+            assert ended.returncode == 0, ended.stderr
+            done[name] = stage.folder / f"text-{name}"
+        return done[name]
+
+    return train
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_an_objective_trains_and_is_evaluated(trained, mmdit, name):
+    run = trained(name)
+    losses = [line["loss"] for line in read_metrics(run) if "loss" in line]
+    assert len(losses) == 4
+    assert np.isfinite(losses).all()
+    done = mmdit("evaluate", run)
+    assert done.returncode == 0, done.stderr
+    assert np.isfinite(json.loads(done.stdout)["val_loss"])
+    assert np.asarray(Image.open(run / "samples" / "00000004.png")).std() > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("ddpm", ("--solver", "ddpm")),
+        ("vp", ("--solver", "dpm_solver_pp_2m", "--set", "guidance.rescale=0.7")),
+        ("edm", ("--solver", "heun", "--set", "guidance.interval=[0.2,0.8]")),
+        ("edm", ("--solver", "langevin", "--set", "langevin_steps=2")),
+        ("immiscible", ("--solver", "dopri5", "--set", "rtol=1e-2", "--set", "atol=1e-2")),
+        ("immiscible", ("--set", "guidance.autoguidance=2", "--weak", "4")),
+        ("unet", ("--solver", "midpoint", "--set", "guidance.apg.eta=0.5")),
+    ],
+)
+def test_samples_by_any_solver_and_guidance(trained, mmdit, tmp_path, name, options):
+    out = tmp_path / "out.png"
+    done = mmdit("sample", trained(name), "a red circle", "--steps", 3, "-o", out, *options)
+    assert done.returncode == 0, done.stderr
+    assert Image.open(out).size == (32, 32)
+
+
+def test_a_resumed_training_of_another_objective_is_exact(stage, training, history):
+    sections = {"schedule": {"steps": 12}, "checkpoint": {"every": 4}}
+    objective = {**OBJECTIVES["edm"], "coupling": {"kind": "immiscible"}}
+    whole = training(configure(stage, "text-whole", objective, **sections), 1)
+    whole.finish()
+    cut = configure(stage, "text-cut", objective, **sections)
+    first = training(cut, 1)
+    first.wait_for_step(6)
+    first.kill()
+    training(cut, 1).finish()
+    assert history(first.run) == history(whole.run)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (("objective.coupling.kind=paired",), "latents have no second image"),
+        (("objective.coupling.kind=optimal_transport", "parallel.accumulate=2"), "pairs the whole batch of 8"),
+        (("objective.model.kind=dit",), "knows labels, not captions"),
+        (("objective.path.kind=straight",), "objective.path"),
+        (("objective.preview.solver=langevin",), "langevin wants path.kind ve or edm, got linear"),
+        (("objective.preview.guidance.autoguidance=2",), "guidance.autoguidance: a training has nothing"),
+        (("objective.preview.guidance.apg.eta=0", "objective.preview.guidance.cfg_zero.zero_above=1"), "exclude each"),
+    ],
+)
+def test_what_cannot_be_says_why(stage, mmdit, overrides, says):
+    done = mmdit("train", configure(stage, "text-wrong"), *overrides)
+    assert done.returncode == 2, done.stderr
+    assert says in done.stderr
+
+
+def test_only_what_others_expect_is_exported_for_them(trained, mmdit, tmp_path):
+    done = mmdit("export", trained("vp"), "-o", tmp_path / "vp", "--to", "diffusers")
+    assert (done.returncode, "trained on path vp with prediction v" in done.stderr) == (2, True)
+    done = mmdit("export", trained("unet"), "-o", tmp_path / "unet.safetensors", "--to", "single")
+    assert (done.returncode, "write an MM-DiT" in done.stderr) == (2, True)
+    assert mmdit("export", trained("vp"), "-o", tmp_path / "stack").returncode == 0
