@@ -57,29 +57,36 @@ def command(
     With --watch, RUN need not exist yet. Start it several times on a shared folder to share the work. Exit code 85:
     stopped by a signal; the same command goes on. Exit code 1: a snapshot could not be evaluated.
     """
-    asked["nll"] = {"images": nll, **dict(pair.partition("=")[::2] for pair in nll_set)}
+    nll_keys = [f"nll.{key}" for key in (f"images={nll}", *nll_set)]
     if watch:
-        _watch(run, step, asked, overrides, patience)
+        _watch(run, step, asked, nll_keys, overrides, patience)
         return
-    from stack.config import validate
+    from stack.config import load
     from stack.evaluate.run import EvaluationConfig, evaluate
 
-    config = validate(EvaluationConfig, asked, "options")
+    config = load(EvaluationConfig, asked, nll_keys)
     click.echo(json.dumps(evaluate(run, step, config, overrides), indent=1))
 
 
-def _watch(run: Path, step: int | None, asked: dict[str, object], overrides: tuple[str, ...], patience: float) -> None:
+def _watch(
+    run: Path,
+    step: int | None,
+    asked: dict[str, object],
+    nll_keys: list[str],
+    overrides: tuple[str, ...],
+    patience: float,
+) -> None:
     from stack.train.preempt import EXIT_CODE, held_back
 
     with held_back():
-        from stack.config import UserError, validate
+        from stack.config import UserError, load
         from stack.evaluate.run import EvaluationConfig
         from stack.evaluate.watch import Stopped, watch
 
         if step is not None:
             raise UserError("--watch evaluates every snapshot: leave out --step")
         try:
-            failed = watch(run, validate(EvaluationConfig, asked, "options"), overrides, 3600 * patience)
+            failed = watch(run, load(EvaluationConfig, asked, nll_keys), overrides, 3600 * patience)
         except Stopped:
             raise click.exceptions.Exit(EXIT_CODE) from None
     if failed:

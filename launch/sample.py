@@ -48,19 +48,19 @@ def command(
 
     if (prompt is None) == (prompts is None):
         raise UserError("give either a PROMPT or --prompts FILE")
-    kind = snapshot.read(run, step).metadata["kind"]
     texts = [prompt] if prompt is not None else []
     if prompts is not None:
         texts = [line.strip() for line in prompts.read_text().splitlines() if line.strip()]
     if not texts:
         raise UserError(f"{prompts}: holds no prompt")
-    if kind == "class_to_image":
+    snap, worse = snapshot.read(run, step), None if weak is None else snapshot.read(run, weak)
+    if snap.metadata["kind"] == "class_to_image":
         if size is not None:
             raise UserError("--size: images of labels have the size of the training's")
-        images, drawn_step = draw_labels(run, [_label(text) for text in texts], sampling, seed, step, weak)
+        images = draw_labels(snap, [_label(text) for text in texts], sampling, seed, worse)
     else:
-        sampler, encoders, snap = load_sampler(run, dist.device(), step, weak)
-        values, drawn_step = dict(snap.metadata["sampling"]), snap.step
+        sampler, encoders = load_sampler(snap, dist.device(), worse)
+        values = dict(snap.metadata["sampling"])
         width, height = _sides(size) or values["size"]
         del values["size"]
         config = load(SamplerConfig, values, sampling)
@@ -68,7 +68,7 @@ def command(
     picture = contact_sheet(images, texts) if prompts is not None else Image.fromarray(np.asarray(images[0]))
     with publish(out) as temporary:
         picture.save(temporary, format=Image.registered_extensions().get(out.suffix.lower(), "PNG"))
-    click.echo(f"{out}: {len(texts)} image{'s' * (len(texts) > 1)}, snapshot of step {drawn_step}")
+    click.echo(f"{out}: {len(texts)} image{'s' * (len(texts) > 1)}, snapshot of step {snap.step}")
 
 
 def _label(text: str) -> int:

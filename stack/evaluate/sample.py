@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,57 +16,53 @@ from stack.models import captioned
 from stack.models.captioned import CaptionNetwork
 from stack.text.conditioning import EncodedText
 from stack.text.encoders import TextEncoders
-from stack.train import class_to_image, snapshot
+from stack.train import class_to_image
 from stack.train.sampler import Sampler, SamplerConfig
+from stack.train.snapshot import Snapshot
 from stack.train.text_to_image import check_encoders
 
 BATCH = 64
 
 
-def load_sampler(
-    run: Path, device: torch.device, step: int | None = None, weak_step: int | None = None
-) -> tuple[Sampler, TextEncoders, snapshot.Snapshot]:
-    """The averaged network of snapshot `step` (default: the newest) with the encoders and codec it was trained on.
+def load_sampler(snap: Snapshot, device: torch.device, weak: Snapshot | None = None) -> tuple[Sampler, TextEncoders]:
+    """The averaged network of a snapshot with the encoders and codec it was trained on.
 
-    weak_step: the snapshot that autoguidance leads away from.
-
+    weak: the run's snapshot that autoguidance leads away from.
     Raises UserError where an encoder is not the one of the training.
     """
-    snap = snapshot.read(run, step)
     if snap.metadata["kind"] != "text_to_image":
-        raise UserError(f"{run}: a run of kind {snap.metadata['kind']!r} does not draw images from prompts")
+        raise UserError(f"{snap.path}: a run of kind {snap.metadata['kind']!r} does not draw images from prompts")
     text = check_encoders(snap)
 
-    def averaged(of: snapshot.Snapshot) -> CaptionNetwork:
+    def averaged(of: Snapshot) -> CaptionNetwork:
         network = captioned.build(captioned.described(of.metadata["model"]), codec.channels)
         network.load_state_dict(of.weights)
         return network.to(device).eval()
 
     codec = Codec.load(snap.metadata["autoencoder"]).to(device)
-    network = averaged(snap)
-    weak = None if weak_step is None else averaged(snapshot.read(run, weak_step))
-    flow = FlowConfig(**snap.metadata["flow"])
-    return Sampler(network, codec, text.pad, flow, weak), TextEncoders(text, device), snap
+    flow, worse = FlowConfig(**snap.metadata["flow"]), None if weak is None else averaged(weak)
+    return Sampler(averaged(snap), codec, text.pad, flow, worse), TextEncoders(text, device)
 
 
 def draw_labels(
-    run: Path, labels: Sequence[int], sampling: Sequence[str], seed: int, step: int | None, weak_step: int | None
-) -> tuple[list[np.ndarray], int]:
-    """Images of class labels, uint8 [height, width, 3], by the averaged network of snapshot `step`, and its step.
+    snap: Snapshot, labels: Sequence[int], sampling: Sequence[str], seed: int, weak: Snapshot | None = None
+) -> list[np.ndarray]:
+    """Images of class labels, uint8 [height, width, 3], by the averaged network of a snapshot.
 
-    Image i of `seed` is of labels[i]. sampling: dotted overrides of the run's preview.
-    Raises UserError where the run has no such labels, or begins with images instead of noise.
+    Image i of `seed` is of labels[i]. sampling: dotted overrides of the run's preview.  weak: as in `load_sampler`.
+    Raises UserError where the run has no such labels, begins with images instead of noise, or cannot be guided so.
     """
     device = dist.device()
-    network, config = class_to_image.load(run, device, step)
+    network, config = class_to_image.of_snapshot(snap, device)
     how = load(class_to_image.PreviewConfig, config.preview.model_dump(), sampling)
+    how.check(config)
+    class_to_image.check_guidance(how, config)
     if config.coupling.kind == "paired":
-        raise UserError(f"{run}: begins with images, not with noise: see stack.train.class_to_image.sample")
+        raise UserError(f"{snap.path}: begins with images, not with noise: see stack.train.class_to_image.sample")
     if wrong := [label for label in labels if not 0 <= label < max(config.classes, 1)]:
-        raise UserError(f"label {wrong[0]}: {run} has labels from 0 to {max(config.classes, 1) - 1}")
-    weak = None if weak_step is None else class_to_image.load(run, device, weak_step)[0]
-    snap = snapshot.read(run, step)
-    classifier = class_to_image.classifier_of(how.classifier, config, snap.metadata["channels"], device)
+        raise UserError(f"label {wrong[0]}: {snap.path} has labels from 0 to {max(config.classes, 1) - 1}")
+    worse = None if weak is None else class_to_image.of_snapshot(weak, device)[0]
+    classifier = class_to_image.classifier_of(how, config, snap.metadata["channels"], device)
     (width, height), images = snap.metadata["sides"][0], []
     for start in range(0, len(labels), BATCH):
         rows = range(start, min(start + BATCH, len(labels)))
@@ -78,9 +73,9 @@ def draw_labels(
 
         label_B = torch.tensor([labels[row] for row in rows], device=device)
         with torch.inference_mode():
-            image_BCHW = class_to_image.sample(network, config, label_B, noise, how, classifier, weak)
+            image_BCHW = class_to_image.sample(network, config, label_B, noise, how, classifier, worse)
         images += list(to_uint8(image_BCHW.clamp(-1, 1).expand(-1, 3, -1, -1)).numpy())
-    return images, snap.step
+    return images
 
 
 def draw(

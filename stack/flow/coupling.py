@@ -18,6 +18,8 @@ from stack.flow.noise import Draws
 class CouplingConfig(Config):
     """independent: noise of its own for each sample.
 
+    The next two go by distance alone: with labels or captions, noise is then no longer independent of those.
+
     immiscible: of `candidates` draws the one nearest to the sample (arXiv 2505.18521, §3, the cheap form of immiscible
     diffusion's assignment). A function of the sample alone, but the noise that is trained on is no longer exactly
     normal: with more candidates it moves towards the data.

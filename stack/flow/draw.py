@@ -14,6 +14,7 @@ from stack.flow.process import MARGIN, FlowConfig, NetworkFn
 from stack.flow.samplers import NoiseFn
 
 STOCHASTIC = ("ddpm", "euler_maruyama", "predictor_corrector", "langevin")
+ENDS_AT_DATA = ("heun", "rk4", "dopri5")  # which ask the network at the grid's last time as well
 
 
 class SolverConfig(Config):
@@ -65,6 +66,22 @@ class GuidedConfig(SolverConfig):
         if isinstance(given, int | float):
             return {"scale": given}
         return {"scale": cls.model_fields["guidance"].default.scale, **given} if isinstance(given, dict) else given
+
+    def check(self, flow: FlowConfig) -> None:
+        """As `SolverConfig.check`, and UserError where guidance would be asked for what a grid's end has not."""
+        super().check(flow)
+        times, guidance = flow.grid(self.steps, self.shift), self.guidance
+        ends, (low, high) = flow.path.at(times[[-1, 0]]), guidance.interval
+        if guidance.classifier != 0 and ends.a[1] == 0 and high >= times[0]:
+            raise UserError(
+                f"guidance.classifier={guidance.classifier:g} has nothing to look at in the noise at t = {times[0]:g}: "
+                f"let guidance.interval end below it, [{low:g}, 0.99]"
+            )
+        if guidance.apg and guidance.apg.momentum and self.solver in ENDS_AT_DATA and ends.b[0] == 0 and low <= 0:
+            raise UserError(
+                f"guidance.apg.momentum moves data that solver {self.solver} knows at t = 0: let "
+                "guidance.interval begin later, or take euler"
+            )
 
 
 def draw(

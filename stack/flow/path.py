@@ -54,7 +54,12 @@ class Path(Config):
         raise NotImplementedError
 
     def admitted(self, t: Tensor) -> Tensor:
-        """The times at which a network is asked instead of `t`: the same, or the next of a discrete path's steps."""
+        """Where a network is trained, validated, and a grid goes, instead of `t`: the same, or a discrete path's next
+        step."""
+        return t
+
+    def drawn(self, t: Tensor) -> Tensor:
+        """The middle of the times that are `admitted` as `t`."""
         return t
 
     def noised(self, x0: Tensor, eps: Tensor, t_B: Tensor) -> Tensor:
@@ -171,6 +176,9 @@ class DDPM(Path):
     def admitted(self, t: Tensor) -> Tensor:
         step = (t.double() * self.steps - 1e-3).ceil().clamp(min=1)  # the margin leaves a float32 step as it is
         return (step / self.steps).to(t.dtype)
+
+    def drawn(self, t: Tensor) -> Tensor:
+        return t - 0.5 / self.steps
 
     @cached_property
     def _log_a(self) -> Tensor:

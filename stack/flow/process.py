@@ -191,7 +191,8 @@ class FlowConfig(Config):
         if kind == "prediction":
             return torch.ones_like(own)
         if kind == "elbo":
-            return c.a * (c.a * c.db - c.b * c.da) / c.b / self.timesteps.density(t_B.double(), self.path) / own
+            density = self.timesteps.density(self.path.drawn(t_B.double()), self.path)
+            return c.a * (c.a * c.db - c.b * c.da) / c.b / density / own
         if kind == "min_snr":
             return torch.minimum((c.a / c.b) ** 2, torch.full_like(own, self.weight.gamma)) * c.b**2 / own
         p, q = target_weights(kind, c, self.sigma_data)

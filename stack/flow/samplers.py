@@ -83,18 +83,15 @@ def euler_maruyama(
     Where no data is left, a = 0, it is infinite: on the linear and the conical path times[0] stays below 1, ValueError
     else.
     """
-    for step, (t, s) in enumerate(pairwise(times.tolist())):
-        x = _reverse_step(fn, x, t, s, path, noise(f"step{step}"))
-        _append(keep, x)
-    return x
+    return predictor_corrector(fn, x, times, path, noise, corrections=0, keep=keep)
 
 
 def predictor_corrector(
     fn: EstimateFn, x: Tensor, times: Tensor, path: Path, noise: NoiseFn, snr: float = 0.16, corrections: int = 1,
     keep: list[Tensor] | None = None,
 ) -> Tensor:  # fmt: skip
-    """A step of `euler_maruyama`, then `corrections` of Langevin dynamics at the new level, x + δ·s + √(2δ)·z (Score
-    SDE, algorithms 1 to 5). ValueError as there.
+    """A step of the reverse SDE as in `euler_maruyama`, then `corrections` of Langevin dynamics at the new level,
+    x + δ·s + √(2δ)·z (Score SDE, algorithms 1 to 5). ValueError as there.
 
     snr: r of the corrector's step size δ = 2·α·(r·‖z‖/‖s‖)², with α = a_t²/a_s² of the step from t to s; for the
     quotient of norms stands b_s, its value in many dimensions, so that a sample does not depend on its batch.

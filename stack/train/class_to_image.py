@@ -58,7 +58,7 @@ class ClassToImage:
         self._channels, self._sides = data.channels, list(data.sides)
         network = labelled.build(config.model, self._channels, self._sides, config.classes, seed)
         self.network: nn.Module = network
-        self._classifier = classifier_of(config.preview.classifier, config, self._channels, device)
+        self._classifier = classifier_of(config.preview, config, self._channels, device)
         self._shown = next(iter(data.validation(config.preview.count)), None) if _paired(config) else None
         if _paired(config) and self._shown is None:
             raise UserError("objective.coupling.kind=paired is shown on held-out pairs, and there are none: raise "
@@ -133,10 +133,11 @@ class ClassToImage:
 
 
 def classifier_of(
-    run: Path | None, config: ClassToImageConfig, channels: int, device: torch.device
+    how: PreviewConfig, config: ClassToImageConfig, channels: int, device: torch.device
 ) -> ClassifierFn | None:
-    """The noisy classifier that `run` has trained; UserError where that was on another path, or on other images."""
-    if run is None:
+    """The noisy classifier that guides, if one does; UserError where it knows another path, or other images."""
+    run = how.classifier
+    if run is None or how.guidance.classifier == 0:
         return None
     log_probabilities, trained = load_classifier(run, device)
     if trained.path != config.path:
@@ -157,18 +158,9 @@ def _paired(config: ClassToImageConfig) -> bool:
 def _check(config: ClassToImageConfig, data: ImageDataset) -> None:
     """UserError where the objective, its data and its preview do not go together: now, not at the first snapshot."""
     config.preview.check(config)
-    guidance = config.preview.guidance
-    if guidance.scale != 1 and not (config.classes and config.dropout):
-        raise UserError(
-            f"objective.preview.guidance.scale={guidance.scale} needs labels, and some of them dropped: "
-            f"objective.classes is {config.classes}, objective.dropout {config.dropout}"
-        )
-    if guidance.autoguidance != 1:
+    check_guidance(config.preview, config)
+    if config.preview.guidance.autoguidance != 1:
         raise UserError("objective.preview.guidance.autoguidance: a training has no weaker network to be guided by")
-    if guidance.classifier != 0 and config.preview.classifier is None:
-        raise UserError(
-            "objective.preview.guidance.classifier needs a classifier's run in objective.preview.classifier"
-        )
     if config.classes and not data.has_labels:
         raise UserError(
             f"objective.classes={config.classes} needs labels: name the key of KEY.json that holds them in data.label"
@@ -180,6 +172,17 @@ def _check(config: ClassToImageConfig, data: ImageDataset) -> None:
             f"objective.coupling.kind=paired has images in the place of noise: path.kind={config.path.kind} with "
             f"prediction={config.prediction} takes it for normal; use path.kind=linear and prediction=velocity"
         )
+
+
+def check_guidance(how: PreviewConfig, config: ClassToImageConfig) -> None:
+    """UserError where the objective has trained nothing that guidance would take away, or a classifier is not named."""
+    if how.guidance.scale != 1 and not (config.classes and config.dropout):
+        raise UserError(
+            f"guidance.scale={how.guidance.scale} needs labels, and some of them dropped: objective.classes is "
+            f"{config.classes}, objective.dropout {config.dropout}"
+        )
+    if how.guidance.classifier != 0 and how.classifier is None:
+        raise UserError("guidance.classifier needs a classifier's run: name it in `classifier`, beside `guidance`")
 
 
 def sample(
@@ -214,9 +217,13 @@ def load(run: Path, device: torch.device, step: int | None = None) -> tuple[Labe
 
     Raises UserError where `run` has none, or is of another kind.
     """
-    snap = snapshot.read(run, step)
+    return of_snapshot(snapshot.read(run, step), device)
+
+
+def of_snapshot(snap: snapshot.Snapshot, device: torch.device) -> tuple[LabelNetwork, ClassToImageConfig]:
+    """As `load`."""
     if snap.metadata["kind"] != "class_to_image":
-        raise UserError(f"{run}: a run of kind {snap.metadata['kind']!r} has no network that draws classes")
+        raise UserError(f"{snap.path}: a run of kind {snap.metadata['kind']!r} has no network that draws classes")
     config = validate(ClassToImageConfig, snap.metadata["objective"], str(snap.path))
     sides = [(width, height) for width, height in snap.metadata["sides"]]
     network = labelled.build(config.model, snap.metadata["channels"], sides, config.classes, seed=0)

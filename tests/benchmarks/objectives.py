@@ -2,7 +2,7 @@
 
     python tests/benchmarks/objectives.py [--json] [--quick] [--only NAME…]
 
-A DiT of 254,000 parameters learns 8×8 digits from labels: the same weights at the start, batches, noise and steps in
+A DiT of 681,744 parameters learns 8×8 digits from labels: the same weights at the start, batches, noise and steps in
 each row, on one thread. Columns: the solver, its network evaluations a sample; the loss, one measure for all rows: mean
 square error of rectified flow's velocity at eight ratios of noise to data; the energy distance in pixels between
 samples and held-out digits; how often a support vector machine sees in a sample the label that it was drawn for; the

@@ -17,6 +17,7 @@ from stack.evaluate.metrics import Inception
 from stack.evaluate.sample import draw, load_sampler
 from stack.text.conditioning import collate, split
 from stack.text.encoders import ClipScore
+from stack.train import snapshot
 from stack.train.sampler import SamplerConfig
 
 CPU = torch.device("cpu")
@@ -176,7 +177,7 @@ def test_the_command_measures_samples_of_the_held_out_captions(
     _, sizes = metrics.held_out_prompts(data, 3)
     assert len(captions) == len(sizes) == 3  # a share of 0.03
     captions, sizes = (captions * 2)[:5], (sizes * 2)[:5]
-    sampler, encoders, _ = load_sampler(run, CPU)
+    sampler, encoders = load_sampler(snapshot.read(run), CPU)
     config = SamplerConfig(steps=2, guidance=1.5)
     images: dict[int, np.ndarray] = {}
     for rows, drawn in draw(sampler, encoders.encode(captions), sizes, config, seed=3):

@@ -67,7 +67,8 @@ def make(stage, tmp_path_factory, mmdit) -> Callable[..., tuple[Path, Path]]:
 
 def drawn(run: Path, *prompts: str) -> list[np.ndarray]:
     """By this stack, each from the same noise."""
-    sampler, encoders, snap = load_sampler(run, torch.device("cpu"))
+    snap = snapshot.read(run)
+    sampler, encoders = load_sampler(snap, torch.device("cpu"))
     values = dict(snap.metadata["sampling"])
     size = tuple(values.pop("size"))
     return sampler.sample(encoders.encode(prompts), size, SamplerConfig(**values), [0] * len(prompts), seed=0)
@@ -149,7 +150,8 @@ PROMPTS = [PROMPT, "", "grinning face: 12 o'clock !", "a " + "very " * 90 + "lon
 def test_the_pipelines_encoders_are_ours(make, model, text):
     run, out = make(model, {}, **text)
     pipe = pipeline(out)
-    _, encoders, snap = load_sampler(run, torch.device("cpu"))
+    snap = snapshot.read(run)
+    _, encoders = load_sampler(snap, torch.device("cpu"))
     batch = collate(encoders.encode(PROMPTS), "full")
     tokens_TD, lengths, pooled_BD = join(batch, snap.metadata["model"]["context_dim"])
     with torch.no_grad():

@@ -11,7 +11,7 @@ from torch import Tensor
 from stack.config import UserError, validate
 from stack.flow import samplers
 from stack.flow.coupling import CouplingConfig
-from stack.flow.draw import SolverConfig, draw
+from stack.flow.draw import GuidedConfig, SolverConfig, draw
 from stack.flow.noise import NoisePlan
 from stack.flow.path import EDM, VE, VP, Conical, Linear
 from stack.flow.process import FlowConfig
@@ -90,6 +90,18 @@ def test_a_flow_between_data_is_not_sampled_with_noise() -> None:
     for config in (SolverConfig(solver="ddim", eta=0.5), SolverConfig(solver="euler_maruyama")):
         with pytest.raises(UserError, match=r"adds noise, and with coupling\.kind=paired there is none"):
             config.check(flow)
+
+
+def test_guidance_that_an_end_of_the_grid_refuses_is_said_before() -> None:
+    flow, classifier = FlowConfig(), {"classifier": 1.0}
+    with pytest.raises(UserError, match=r"nothing to look at in the noise at t = 1: .* \[0, 0\.99\]"):
+        validate(GuidedConfig, {"guidance": classifier}, "x.yaml").check(flow)
+    validate(GuidedConfig, {"guidance": {**classifier, "interval": [0, 0.99]}}, "x.yaml").check(flow)
+    validate(GuidedConfig, {"guidance": classifier}, "x.yaml").check(FlowConfig(path=VP()))
+    momentum = {"scale": 3, "apg": {"momentum": -0.5}}
+    with pytest.raises(UserError, match=r"solver heun knows at t = 0"):
+        validate(GuidedConfig, {"solver": "heun", "guidance": momentum}, "x.yaml").check(flow)
+    validate(GuidedConfig, {"guidance": momentum}, "x.yaml").check(flow)
 
 
 def test_langevin_wants_an_exploding_path(mixture) -> None:

@@ -52,6 +52,17 @@ def test_weights_are_the_papers_whatever_the_network_says(path: Path, prediction
     same(elbo, -log_snr_rate / 2 * eps_error / density)
 
 
+def test_the_elbo_of_a_discrete_path_counts_by_the_middle_of_a_steps_draws() -> None:
+    """At its end, t = 1 of the last step, a logit-normal's density is 0."""
+    timesteps, path = TimestepConfig(std=2.0), DDPM()
+    flow = FlowConfig(path=path, prediction="v", timesteps=timesteps, weight=WeightConfig(kind="elbo"))
+    last = torch.ones(1)
+    weight = flow.example(torch.zeros(1, 2), torch.zeros(1, 2), last).weight_B
+    c, density = path.at(last), timesteps.density(torch.tensor([0.9995], dtype=torch.float64), path)
+    torch.testing.assert_close(weight, (c.a * (c.a * c.db - c.b * c.da) / c.b / density).float())
+    assert torch.isfinite(weight).all()
+
+
 def test_sd3s_weight_is_the_plain_velocity_loss() -> None:
     """SD3, §2 and 3.1: L = −½·E_t[w_t·λ'_t·‖ε̂ − ε‖²] over uniform t, with w_t = t/(1 − t) and λ' = −2/(t·(1 − t))."""
     plain, _, eps_error = losses(Linear(), "velocity")

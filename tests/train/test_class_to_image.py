@@ -165,8 +165,8 @@ def test_pairs_begin_with_their_second_image(objective, dataset, labelled):
         ({}, {"preview": {"guidance": {"autoguidance": 2}}}, "no weaker network"),
         (
             {},
-            {"preview": {"guidance": {"classifier": 1}}},
-            r"needs a classifier's run in objective\.preview\.classifier",
+            {"preview": {"guidance": {"classifier": 1, "interval": [0, 0.9]}}},
+            r"guidance\.classifier needs a classifier's run: name it in `classifier`",
         ),
         ({}, {"coupling": {"kind": "paired"}}, "give both or neither"),
         ({"paired": "paired", "validation_share": 0}, {"coupling": {"kind": "paired"}}, "shown on held-out pairs"),
@@ -236,6 +236,10 @@ def test_a_snapshot_is_drawn_and_judged_by_its_commands(recipe, tmp_path, mmdit)
         done = mmdit("sample", run, given)
         assert (done.returncode, message in done.stderr) == (2, True)
 
+    done = mmdit("sample", run, "1", "--set", "guidance.classifier=1", "--set", "guidance.interval=[0,0.9]")
+    assert (done.returncode, "needs a classifier's run" in done.stderr) == (2, True)
+    done = mmdit("evaluate", run, "--nll", 4, "--nll-set", "levels")
+    assert (done.returncode, "is not of the form key.subkey=value" in done.stderr) == (2, True)
     done = mmdit("export", run, "-o", tmp_path / "exported", "--to", "diffusers")
     assert (done.returncode, "a run of kind 'class_to_image' has no form of others" in done.stderr) == (2, True)
     done = mmdit("evaluate", run, "data.validation_share=0", "--nll", 4)
