@@ -32,7 +32,7 @@ from stack.files import publish
 from stack.shown import redact
 
 SUFFIX = ".index.safetensors"
-_FORMAT = 3  # of the saved index: raised when its meaning changes
+_FORMAT = 4  # of the saved index: raised when its meaning changes
 _MAX_SIZES = 256  # distinct sizes that are counted in the header; photographs have too many
 _ABSENT = 2**32 - 1  # length of a member that a sample lacks
 _MAX_MEMBER = 2**32 - 2
@@ -53,7 +53,7 @@ class ShardIndex:
     change in nanoseconds; what a store says, see `stack.data.remote.Stat`).
     width, height: int32 [n]; upright pixels of a raw sample's image, cells of a pre-encoded one's latent.
     caption_length: int32 [n, captions]; characters of a raw sample's caption, text tokens of a pre-encoded one's
-    captions, −1 for a caption that a sample lacks.
+    captions, −1 for a caption that a sample lacks: only pre-encoding wants one.
     by_hash: uint32 [n]; rows by the crc32 of their keys.
     sizes: (width, height) → samples, None if there are too many different ones.
     digest: sha256 of keys, captions and where the members stand.  sha256: of a pre-encoded shard's file, else "".
@@ -374,17 +374,15 @@ def _measure(file: BinaryIO, group: dict[str, Member]) -> tuple[int, int, list[i
     if image is None:
         others = ", ".join(f".{extension}" for extension in sorted(group))
         raise DecodeError(f"no image: only {others} (a key ends at the first dot of the name)")
-    if "txt" not in group:
-        raise DecodeError("no caption")
     if image.size > safety.MAX_IMAGE:
         raise DecodeError(f"image too large: {image.size:,} bytes")
-    content = read(group["txt"], length=safety.MAX_CAPTION + 1)
-    caption = safety.read_caption(content)
+    content = read(group["txt"], length=safety.MAX_CAPTION + 1) if "txt" in group else b""
+    length = len(safety.read_caption(content)) if "txt" in group else -1
     # Through a window: Pillow reads no further than the header, and the pixels are most of a shard.
     width, height = image_size(io.BufferedReader(_Window(file, image, _most_of_header(read(image, length=12))), 2**14))
     if image.size > 8 * width * height + _MAX_IMAGE_HEADER:
         raise DecodeError(f"image too large: {image.size:,} bytes for {width}×{height} pixels")
-    return width, height, [len(caption)], content
+    return width, height, [length], content
 
 
 def _most_of_header(magic: bytes) -> int:

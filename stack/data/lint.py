@@ -200,6 +200,8 @@ def _sample(index: ShardIndex, row: int, reader: ShardReader, contract: _Contrac
             read_caption(members["txt"])
         except DecodeError as error:
             yield str(error)
+    elif "txt" in index.extensions:
+        yield "no caption: others in this shard have one"
     facts: Any = None
     if "json" in members:
         try:

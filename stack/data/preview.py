@@ -87,7 +87,7 @@ def raw_cards(shards: ShardSet, cache: ShardCache, rule: BucketRule, ids: Sequen
         card = Card(index.key(row), index.name)
         try:
             image = _image(reader, shard, row)
-            caption = read_caption(reader.read(shard, row, "txt"))
+            caption = read_caption(reader.read(shard, row, "txt")) if index.has(row, "txt") else None
         except DecodeError as error:
             card.problem = str(error)
             yield card
@@ -100,7 +100,8 @@ def raw_cards(shards: ShardSet, cache: ShardCache, rule: BucketRule, ids: Sequen
             _picture("original", image, frame),
             _picture("as trained", Image.fromarray(to_bucket(image, bucket))),
         ]
-        card.captions = [Caption("txt", caption, f"{len(caption):,} characters")]
+        if caption is not None:
+            card.captions = [Caption("txt", caption, f"{len(caption):,} characters")]
         kept = f"{100 * bucket[0] * bucket[1] / (resized[0] * resized[1]):.0f} %"
         card.facts = {**_sides(bucket, (left, top), image.size), "resized to": _by(*resized), "kept": kept}
         yield card

@@ -170,7 +170,11 @@ class Evaluator:
         expected = self._objective.metadata().get("encoders")
         if snap.metadata.get("encoders") != expected:
             raise UserError(f"{snap.path}: trained with encoders {snap.metadata.get('encoders')}, found {expected}")
-        self._objective.network.load_state_dict(snap.weights)
+        try:
+            self._objective.network.load_state_dict(snap.weights)
+        except RuntimeError:
+            changed = ", ".join(self._settings["overrides"])
+            raise UserError(f"{snap.path}: not the weights of the model that is configured with {changed}") from None
         network = self._objective.network.to(self._device).eval()
         loss_N = loop.validation_losses(self._objective, network, self._data, self._asked.batch_size)
         result: dict[str, Any] = {"step": step, "val_loss": float(loss_N.mean())}

@@ -10,7 +10,7 @@ from torch import Tensor
 from stack.config import Config, UserError
 from stack.flow import samplers, solvers
 from stack.flow.guidance import GuidanceConfig
-from stack.flow.process import MARGIN, FlowConfig, NetworkFn
+from stack.flow.process import FlowConfig, NetworkFn
 from stack.flow.samplers import NoiseFn
 
 STOCHASTIC = ("ddpm", "euler_maruyama", "predictor_corrector", "langevin")
@@ -58,13 +58,12 @@ class GuidedConfig(SolverConfig):
     """A solver and what guides it."""
 
     guidance: GuidanceConfig = GuidanceConfig()
-    """A number is the scale of classifier-free guidance: γ in v∅ + γ·(v_y − v∅); 1 is no guidance."""
 
     @field_validator("guidance", mode="before")
     @classmethod
     def _fill_scale(cls, given: Any) -> Any:
         if isinstance(given, int | float):
-            return {"scale": given}
+            raise ValueError(f"a section, expected guidance.scale={given}")
         return {"scale": cls.model_fields["guidance"].default.scale, **given} if isinstance(given, dict) else given
 
     def check(self, flow: FlowConfig) -> None:
@@ -98,8 +97,6 @@ def draw(
     """
     config.check(flow)
     times = flow.grid(config.steps, config.shift)
-    if config.solver in ("euler_maruyama", "predictor_corrector") and flow.path.at(times[0]).a == 0:
-        times = times.clamp(max=1 - MARGIN)
     x = _integrate(flow, predict, noise, config, times, keep)
     if flow.path.at(times[-1]).b > 0:
         x = samplers.denoised(flow.estimate_fn(predict), x, float(times[-1]))

@@ -47,7 +47,7 @@ def ddim(
         found = fn(x, _times(x, t))
         now, then = _at(path, t), _at(path, s)
         sigma = eta * _posterior_std(now, then)
-        x = then.a * found.x0 + (then.b**2 - sigma**2).clamp(min=0).sqrt() * found.eps
+        x = _ddim_step(found, then, sigma)
         if noise is not None and sigma > 0:
             x = x + sigma * noise(f"step{step}")
         _append(keep, x)
@@ -80,8 +80,9 @@ def euler_maruyama(
 ) -> Tensor:
     """The reverse SDE dx = (f·x − g²·s)dt + g·dw, f = a'/a, g² = 2·b·(b' − f·b) (Score SDE, arXiv 2011.13456, eq. 6).
 
-    Where no data is left, a = 0, it is infinite: on the linear and the conical path times[0] stays below 1, ValueError
-    else.
+    A step of length h that would take away more noise than there is, g²·h > b²·(1 − f·h), is an ancestral one instead
+    (DDIM's with η = 1): the first where no data is left, a = 0 and f infinite, the last ones where b falls to 0, and
+    all on a coarse grid. Euler's would throw x far off the path.
     """
     return predictor_corrector(fn, x, times, path, noise, corrections=0, keep=keep)
 
@@ -91,7 +92,7 @@ def predictor_corrector(
     keep: list[Tensor] | None = None,
 ) -> Tensor:  # fmt: skip
     """A step of the reverse SDE as in `euler_maruyama`, then `corrections` of Langevin dynamics at the new level,
-    x + δ·s + √(2δ)·z (Score SDE, algorithms 1 to 5). ValueError as there.
+    x + δ·s + √(2δ)·z (Score SDE, algorithms 1 to 5).
 
     snr: r of the corrector's step size δ = 2·α·(r·‖z‖/‖s‖)², with α = a_t²/a_s² of the step from t to s; for the
     quotient of norms stands b_s, its value in many dimensions, so that a sample does not depend on its batch.
@@ -130,12 +131,19 @@ def annealed_langevin(
 
 
 def _reverse_step(fn: EstimateFn, x: Tensor, t: float, s: float, path: Path, z: Tensor) -> Tensor:
-    c = _at(path, t)
-    if c.a == 0:
-        raise ValueError(f"the reverse SDE is infinite at t = {t}, where no data is left: begin below it")
+    found, c, h = fn(x, _times(x, t)), _at(path, t), t - s
+    if 2 * h * (c.a * c.db - c.b * c.da) > c.b * (c.a - h * c.da):  # g²·h > b²·(1 − f·h), times a/b
+        then = _at(path, s)
+        sigma = _posterior_std(c, then)
+        return _ddim_step(found, then, sigma) + sigma * z
     f = c.da / c.a
     g2 = 2 * c.b * (c.db - f * c.b)
-    return x - (t - s) * (f * x - g2 * _score(fn, x, t, c)) + (g2 * (t - s)).sqrt() * z
+    return x - h * (f * x + g2 / c.b * found.eps) + (g2 * h).sqrt() * z
+
+
+def _ddim_step(found: Estimate, then: Coefficients, sigma: Tensor) -> Tensor:
+    """a_s·x̂_0 + √(b_s² − σ²)·ε̂, to which noise of standard deviation σ is to be added."""
+    return then.a * found.x0 + (then.b**2 - sigma**2).clamp(min=0).sqrt() * found.eps
 
 
 def _score(fn: EstimateFn, x: Tensor, t: float, c: Coefficients) -> Tensor:

@@ -179,7 +179,8 @@ def _captions(places: dict[str, str], reader: ShardReader, shard: int, row: int)
     captions: list[str | None] = []
     for place in places.values():
         if place == "txt":
-            captions.append(read_caption(reader.read(shard, row, "txt")))
+            there = reader.indices[shard].has(row, "txt")
+            captions.append(read_caption(reader.read(shard, row, "txt")) if there else None)
         else:
             value = fields.get(place[5:])
             # JSON may hold half a character, which is encoded here and refused there.

@@ -109,7 +109,20 @@ def ours(source: Path, copy: Path) -> Epoch:
 
 
 def webdataset(source: Path, copy: Path) -> Epoch:
-    """The pipeline's own stages; JSON sidecars are passed over unread, as our loader does."""
+    """The pipeline as it is written, with one decoder more: webdataset knows no safetensors."""
+    import webdataset as wds
+    from safetensors.torch import load
+
+    def decode(key: str, data: bytes) -> dict[str, Tensor] | None:
+        return load(data) if key.endswith(".safetensors") else None
+
+    dataset = wds.WebDataset(shards_of(source), shardshuffle=False, empty_check=False).decode(decode)
+    stages = dataset.map(lambda sample: sample["safetensors"]).batched(BATCH, collation_fn=collate)
+    return lambda: iter(stages)
+
+
+def webdataset_stripped(source: Path, copy: Path) -> Epoch:
+    """As fast as its stages go: JSON sidecars are passed over unread, as our loader does, and nothing else is tried."""
     import webdataset as wds
     from safetensors.torch import load
 
@@ -286,6 +299,7 @@ def litdata_images(source: Path, copy: Path) -> Epoch:
 CONTENDERS: dict[str, Callable[[Path, Path], Epoch]] = {
     "ours": ours,
     "webdataset": webdataset,
+    "webdataset stripped": webdataset_stripped,
     "litdata": litdata,
     "mosaicml-streaming": mosaicml,
     "mosaicml-streaming by index": mosaicml_by_index,

@@ -1,4 +1,4 @@
-"""Every path with every prediction, trained alike on scikit-learn's digits; then guidance and solvers: what comes out.
+"""Every path with every prediction, trained alike on scikit-learn's digits; pairs, guidance, solvers: what comes out.
 
     python tests/benchmarks/objectives.py [--json] [--quick] [--only NAME…]
 
@@ -6,7 +6,8 @@ A DiT of 681,744 parameters learns 8×8 digits from labels: the same weights at 
 each row, on one thread. Columns: the solver, its network evaluations a sample; the loss, one measure for all rows: mean
 square error of rectified flow's velocity at eight ratios of noise to data; the energy distance in pixels between
 samples and held-out digits; how often a support vector machine sees in a sample the label that it was drawn for; the
-seconds of training. Rows are independent, so `--only` divides them among processes.
+seconds of training. Coarse digits are second images of 4×4 pixels, from which a flow leads to the digits. Rows are
+independent, so `--only` divides them among processes.
 """
 
 from __future__ import annotations

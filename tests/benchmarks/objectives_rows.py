@@ -5,6 +5,7 @@ B batch · C channels · H W height, width
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 import tempfile
@@ -53,10 +54,7 @@ def times_of(path: str) -> dict[str, Any]:
 
 
 def weight_of(path: str, prediction: Prediction) -> str:
-    """The network's own mean square, as in the papers, but for two: x-predictions have min-SNR's weight (arXiv
-    2303.09556), and v, which grows with b where a stays 1, EDM's."""
-    if prediction == "x":
-        return "min_snr"
+    """The network's own mean square, but for v where a stays 1: it grows with b, and has EDM's weight."""
     if path in ("ve", "edm") and prediction == "v":
         return "edm"
     return "prediction"
@@ -105,13 +103,18 @@ class Trained(NamedTuple):
 
 
 class Digits:
-    """The data in memory, `steps` batches of it in the order of training, and who judges what was drawn."""
+    """The data in memory, `steps` batches of it in the order of training, and who judges what was drawn.
 
-    def __init__(self, folder: Path, steps: int) -> None:
+    With `coarse`, each digit has itself at 4×4 as its second image.
+    """
+
+    def __init__(self, folder: Path, steps: int, coarse: bool = False) -> None:
         from sklearn.svm import SVC
 
         write_shards(folder)
         images: dict[str, Any] = {"source": str(folder), "buckets": {"resolution": 8}, "channels": 1, "label": "label"}
+        if coarse:
+            images["paired"] = str(_write_coarse(folder))
         config = ImageData(**images, batch_size=BATCH, validation_share=0.1)
         self.data = ImageDataset(config, seed=0)
         self.batches: list[ImageBatch] = list(self.data.loader(0, max(steps, self.data.num_samples // BATCH), 0, 1, 1))
@@ -129,6 +132,19 @@ class Digits:
         J. Stat. Plan. Inference 143, 2013)."""
         x, y = image_BCHW.clamp(-1, 1).flatten(1), self.held_out.image_BCHW.flatten(1)
         return float(2 * torch.cdist(x, y).mean() - _mean_distance(x) - _mean_distance(y))
+
+
+def _write_coarse(folder: Path) -> Path:
+    """Shards in `folder`/coarse of the images in its shards, at half their width and height."""
+    from PIL import Image
+    from webdataset import TarWriter, WebDataset
+
+    (folder / "coarse").mkdir()
+    with TarWriter(str(folder / "coarse" / "00000.tar")) as writer:
+        for sample in WebDataset([str(path) for path in sorted(folder.glob("*.tar"))], shardshuffle=False):
+            with Image.open(io.BytesIO(sample["png"])) as image:
+                writer.write({"__key__": sample["__key__"], "png": image.reduce(2)})
+    return folder / "coarse"
 
 
 def _mean_distance(x: Tensor) -> Tensor:
@@ -157,7 +173,7 @@ class Benchmark:
         self._steps, self._num_samples = (60, 100) if quick else (500, 400)
         self.rows = self._all_rows()
         # Kept for the rows that ask for the same one.
-        self._trained = cache(self._train_flow)
+        self._trained = cache(self._train_to)
 
     @cached_property
     def _folder(self) -> tempfile.TemporaryDirectory[str]:
@@ -165,7 +181,11 @@ class Benchmark:
 
     @cached_property
     def _digits(self) -> Digits:
-        return Digits(Path(self._folder.name), self._steps)
+        return Digits(Path(self._folder.name) / "digits", self._steps)
+
+    @cached_property
+    def _pairs(self) -> Digits:
+        return Digits(Path(self._folder.name) / "pairs", self._steps, coarse=True)
 
     def close(self) -> None:
         self._folder.cleanup()
@@ -178,6 +198,8 @@ class Benchmark:
         for path in PATHS:
             for prediction in PREDICTIONS:
                 rows[f"{path} / {prediction}"] = partial(self._row, path, prediction, {})
+        rows["coarse digits"] = self._coarse
+        rows["coarse digits / velocity"] = self._refined
         for label, guidance in GUIDANCE.items():
             rows[f"guidance: {label}"] = partial(self._row, "linear", "velocity", {"guidance": guidance})
         for path, prediction, how in SOLVERS:
@@ -190,6 +212,32 @@ class Benchmark:
         assert held_out.label_B is not None
         energy, accuracy = digits.energy(digits.train_BCHW), digits.accuracy(held_out.image_BCHW, held_out.label_B)
         return Row(name, "", "", "", 0, None, energy, accuracy, None)
+
+    def _coarse(self, name: str) -> Row:
+        """What the second images come to, as they are."""
+        held_out = self._pairs.held_out
+        assert held_out.label_B is not None
+        assert held_out.paired_BCHW is not None
+        coarse_BCHW = held_out.paired_BCHW
+        energy, accuracy = self._pairs.energy(coarse_BCHW), self._pairs.accuracy(coarse_BCHW, held_out.label_B)
+        return Row(name, "", "", "", 0, None, energy, accuracy, None)
+
+    @torch.inference_mode()
+    def _refined(self, name: str) -> Row:
+        """The flow from the held-out second images to what they are of, without being told the label."""
+        digits, held_out = self._pairs, self._pairs.held_out
+        config = ClassToImageConfig.model_validate({"model": MODEL, "classes": 0, "coupling": {"kind": "paired"}})
+        with torch.inference_mode(False), torch.enable_grad():
+            trained = self._train_flow(config, digits, name)
+        assert held_out.label_B is not None
+        assert held_out.paired_BCHW is not None
+        coarse_BCHW, network = held_out.paired_BCHW, Counted(trained.network, len(held_out.label_B))
+        how = PreviewConfig.model_validate(SOLVER)
+        image_BCHW = sample(network, config, torch.zeros_like(held_out.label_B), lambda stream: coarse_BCHW, how)
+        return Row(
+            name, config.timesteps.kind, config.weight.kind, how.solver, network.evaluations, None,
+            digits.energy(image_BCHW), digits.accuracy(image_BCHW, held_out.label_B), trained.seconds,
+        )  # fmt: skip
 
     def _untrained(self, name: str) -> Row:
         config = self._config("linear", "velocity")
@@ -205,15 +253,16 @@ class Benchmark:
         how = PreviewConfig.model_validate({**SOLVER, **how})
         label_B = torch.arange(self._num_samples) % CLASSES
         draws = NoisePlan(1).at(0, range(self._num_samples))
-        network = Counted(trained.network, self._num_samples)
+        network, weak = (Counted(one, self._num_samples) for one in (trained.network, trained.weak))
         classifier = self._classifier if how.guidance.classifier else None
 
         def noise(stream: str) -> Tensor:
             return draws.normal(stream, SHAPE)
 
-        image_BCHW = sample(network, config, label_B, noise, how, classifier, trained.weak)
+        image_BCHW = sample(network, config, label_B, noise, how, classifier, weak)
+        evaluations = network.evaluations + weak.evaluations
         return Row(
-            name, config.timesteps.kind, config.weight.kind, how.solver, network.evaluations, self._loss(trained),
+            name, config.timesteps.kind, config.weight.kind, how.solver, evaluations, self._loss(trained),
             digits.energy(image_BCHW), digits.accuracy(image_BCHW, label_B), trained.seconds,
         )  # fmt: skip
 
@@ -242,25 +291,28 @@ class Benchmark:
             "sigma_data": self._digits.deviation,
         })  # fmt: skip
 
-    def _train_flow(self, path: str, prediction: Prediction) -> Trained:
-        config, began = self._config(path, prediction), time.perf_counter()
-        network, weak = self._train(ClassToImage(config, self._digits.data, 0, CPU), f"{path} / {prediction}")
+    def _train_to(self, path: str, prediction: Prediction) -> Trained:
+        return self._train_flow(self._config(path, prediction), self._digits, f"{path} / {prediction}")
+
+    def _train_flow(self, config: ClassToImageConfig, digits: Digits, name: str) -> Trained:
+        began = time.perf_counter()
+        network, weak = self._train(ClassToImage(config, digits.data, 0, CPU), digits, name)
         return Trained(network, weak, config, time.perf_counter() - began)
 
     @cached_property
     def _classifier(self) -> ClassifierFn:
         config = ClassifierConfig(classes=CLASSES)
         with torch.inference_mode(False), torch.enable_grad():
-            network, _ = self._train(Classifier(config, self._digits.data, 0, CPU), "classifier")
+            network, _ = self._train(Classifier(config, self._digits.data, 0, CPU), self._digits, "classifier")
         network.requires_grad_(False)
         return lambda x_BCHW, t_B: network(x_BCHW * config.flow.input_scale(t_B, x_BCHW), t_B)
 
-    def _train(self, objective: Objective, name: str) -> tuple[nn.Module, nn.Module]:
+    def _train(self, objective: Objective, digits: Digits, name: str) -> tuple[nn.Module, nn.Module]:
         """The network with the averaged weights of all steps, and of a quarter of them."""
         engine = LocalEngine(objective.network, OPTIM, ParallelConfig(precision="fp32"), CPU)
         ema, noise = Ema(engine, EmaConfig(decay=0.99)), NoisePlan(0)
         schedule = ScheduleConfig(steps=self._steps, warmup=self._steps // 10, kind="cosine", final=0.05)
-        for step, batch in enumerate(self._digits.batches[: self._steps]):
+        for step, batch in enumerate(digits.batches[: self._steps]):
             losses = objective.loss(engine.network, batch, noise.at(batch.step, batch.positions))
             engine.backward(losses.total)
             info = engine.step(learning_rate(schedule, OPTIM.lr, step, BATCH))
@@ -295,5 +347,5 @@ SOLVERS: list[tuple[str, Prediction, dict[str, Any]]] = [
         ("predictor_corrector", 12),
     )],
     ("linear", "velocity", {"solver": "dopri5", "rtol": 1e-2, "atol": 1e-2}),
-    ("ve", "score", {"solver": "langevin", "steps": 11, "langevin_steps": 2}),
+    ("ve", "edm", {"solver": "langevin", "steps": 11}),
 ]  # fmt: skip

@@ -16,12 +16,15 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_rows_are_json_and_training_brings_samples_nearer_to_the_digits():
-    done = run("--json", "--quick", "--only", "digits", "untrained", "linear / velocity", "edm / edm")
+    done = run(
+        "--json", "--quick", "--only", "training digits", "untrained", "linear / velocity", "edm / edm", "coarse"
+    )
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [set(row) for row in rows] == [KEYS] * 4
-    digits, untrained, *trained = rows
+    assert [set(row) for row in rows] == [KEYS] * 6
+    digits, untrained, *trained, coarse, refined = rows
     assert [row["evaluations"] for row in trained] == [24, 25]  # noise is left at the end of EDM's path
+    assert refined["energy"] < coarse["energy"] / 3
     for row in trained:
         assert digits["energy"] < row["energy"] < untrained["energy"] / 3
         assert row["loss"] < 0.8 * untrained["loss"]

@@ -8,7 +8,7 @@ import shutil
 import tarfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -98,7 +98,8 @@ def test_ranks_and_restarts_see_the_same_batches(stage):
     assert [batch.keys for batch in late] == [batch.keys for batch in whole[4:]]
 
 
-def write_source(folder: Path, fields: list[dict[str, Any]]) -> Path:
+def write_source(folder: Path, fields: list[dict[str, Any]], silent: Sequence[int] = ()) -> Path:
+    """Samples of KEY.png, KEY.txt but where they are silent, and KEY.json of these fields."""
     folder.mkdir()
     picture = io.BytesIO()
     from PIL import Image
@@ -107,11 +108,9 @@ def write_source(folder: Path, fields: list[dict[str, Any]]) -> Path:
         for number, field in enumerate(fields):
             picture = io.BytesIO()
             Image.new("RGB", (32, 32), (number, 99, 5)).save(picture, "PNG")
-            members = {
-                "png": picture.getvalue(),
-                "txt": f"number {number}".encode(),
-                "json": json.dumps(field).encode(),
-            }
+            members = {"png": picture.getvalue(), "json": json.dumps(field).encode()}
+            if number not in silent:
+                members["txt"] = f"number {number}".encode()
             for extension, data in members.items():
                 info = tarfile.TarInfo(f"{number:04}.{extension}")
                 info.size = len(data)
@@ -157,6 +156,15 @@ def test_a_first_caption_that_is_missing_costs_the_sample(stage, tmp_path, mmdit
     out = preencode(stage, mmdit, tmp_path / "out", f"source={source}", "captions={long: json.long}")
     assert load_manifest(out).samples == 29
     assert "no caption: json.long is missing" in (out / "rejected.jsonl").read_text()
+
+
+def test_captions_may_stand_in_json_alone(stage, tmp_path, mmdit):
+    source = write_source(tmp_path / "raw", [{"long": f"a picture of {at}"} for at in range(30)], silent=range(1, 30))
+    out = preencode(stage, mmdit, tmp_path / "json", f"source={source}", "captions={long: json.long}")
+    assert (load_manifest(out).samples, load_manifest(out).rejected) == (30, 0)
+    out = preencode(stage, mmdit, tmp_path / "txt", f"source={source}", "max_rejected=1")
+    assert (load_manifest(out).samples, load_manifest(out).rejected) == (1, 29)
+    assert "no caption: txt is missing" in (out / "rejected.jsonl").read_text()
 
 
 def test_float8_t5_has_half_the_bytes_and_the_same_direction(stage, tmp_path, mmdit):

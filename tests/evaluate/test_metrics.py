@@ -15,6 +15,7 @@ from stack.data.dataset import LatentData, LatentDataset
 from stack.evaluate import metrics
 from stack.evaluate.metrics import Inception
 from stack.evaluate.sample import draw, load_sampler
+from stack.flow.guidance import GuidanceConfig
 from stack.text.conditioning import collate, split
 from stack.text.encoders import ClipScore
 from stack.train import snapshot
@@ -178,7 +179,7 @@ def test_the_command_measures_samples_of_the_held_out_captions(
     assert len(captions) == len(sizes) == 3  # a share of 0.03
     captions, sizes = (captions * 2)[:5], (sizes * 2)[:5]
     sampler, encoders = load_sampler(snapshot.read(run), CPU)
-    config = SamplerConfig(steps=2, guidance=1.5)
+    config = SamplerConfig(steps=2, guidance=GuidanceConfig(scale=1.5))
     images: dict[int, np.ndarray] = {}
     for rows, drawn in draw(sampler, encoders.encode(captions), sizes, config, seed=3):
         images |= dict(zip(rows, drawn, strict=True))

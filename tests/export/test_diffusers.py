@@ -116,7 +116,7 @@ def zeros(num_tokens: int, pooled_dim: int) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("guidance", [1.0, 4.0])
 def test_stable_diffusion_3_draws_what_the_sampler_draws(make, guidance):
-    run, out = make(SD3, {"guidance": guidance})
+    run, out = make(SD3, {"guidance": {"scale": guidance}})
     expected = expected_of(run)
     pipe = pipeline(out)
     image = pipe(
@@ -129,7 +129,7 @@ def test_stable_diffusion_3_draws_what_the_sampler_draws(make, guidance):
 @pytest.mark.parametrize("guidance", [1.0, 4.0])
 def test_flux_draws_what_the_sampler_draws(make, embedded, guidance):
     model = {**FLUX, "guidance_embedding": embedded}
-    run, out = make(model, {"guidance": guidance, "embedded_guidance": 2.5}, **FLUX_TEXT)
+    run, out = make(model, {"guidance": {"scale": guidance}, "embedded_guidance": 2.5}, **FLUX_TEXT)
     expected = expected_of(run)
     pipe = pipeline(out)
     if guidance != 1:  # the pipeline compares their shapes
@@ -187,7 +187,7 @@ FORMS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 def test_the_code_of_the_card_draws_what_the_sampler_draws(stage, make, form, monkeypatch):
     model, text = FORMS[form]
     text = {name: str(stage.encoders / name) if value is ... else value for name, value in text.items()}
-    run, out = make(model, {"guidance": 2.0}, **text)
+    run, out = make(model, {"guidance": {"scale": 2.0}}, **text)
     card = (out / "README.md").read_text()
     assert ("does not encode a prompt as this model was trained" in card) == (form not in PUBLISHED)
     (code,) = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)

@@ -118,19 +118,6 @@ def test_langevin_wants_an_exploding_path(mixture) -> None:
         )
 
 
-@pytest.mark.parametrize("sampler", [samplers.euler_maruyama, samplers.predictor_corrector])
-def test_the_reverse_sde_begins_where_data_are(mixture, sampler) -> None:
-    flow = FlowConfig(path=Linear())
-    with pytest.raises(ValueError, match=r"the reverse SDE is infinite at t = 1.0"):
-        sampler(
-            flow.estimate_fn(mixture.network(flow)),
-            torch.zeros(1, 2),
-            torch.tensor([1.0, 0.5]),
-            flow.path,
-            noise_of([0]),
-        )
-
-
 def test_ddim_with_noise_asks_for_it(mixture) -> None:
     flow = FlowConfig(path=VP(), prediction="eps")
     with pytest.raises(ValueError, match=r"eta 0\.5 draws noise"):

@@ -84,6 +84,21 @@ def test_the_reverse_sde_agrees_with_the_ode(mixture, name, solver, steps) -> No
     check(drawn(mixture, FlowConfig(path=PATHS[name]), solver=solver, steps=steps, snr=0.05), mixture)
 
 
+@pytest.mark.parametrize("name", PATHS)
+@pytest.mark.parametrize("solver", ["euler_maruyama", "predictor_corrector"])
+def test_a_coarse_reverse_sde_stays_near_the_path(mixture, name, solver) -> None:
+    flow, config = FlowConfig(path=PATHS[name]), SolverConfig(solver=solver, steps=20)
+    kept: list[Tensor] = []
+    draw(flow, flow.predictor(mixture.network(flow)), noise, config, kept)
+    times = flow.grid(20)[1:]
+    square = mixture.covariance().trace() + mixture.mean().square().sum()
+    for x, t in zip(kept, times.tolist(), strict=False):
+        c = flow.path.at(torch.tensor(t))
+        ratio = x.square().sum(1).mean() / (c.a**2 * square + 2 * c.b**2)
+        assert 0.5 < ratio < 2, (t, ratio)
+    assert energy_distance(kept[-1], mixture.draw(COUNT, seed=1)) < 0.1
+
+
 @pytest.mark.parametrize("name", ["linear", "vp", "edm"])
 def test_the_corrector_alone_reaches_its_level(mixture, name) -> None:
     """A step of no length, then only Langevin dynamics: from three times the noise to p_t."""

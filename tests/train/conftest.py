@@ -15,7 +15,10 @@ from webdataset import TarWriter
 
 @pytest.fixture(scope="session")
 def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """source: 64 grey images of one value, dark (label 0) or bright (label 1). paired: bright for dark, and so on."""
+    """source: 64 grey images of one value, dark (label 0) or bright (label 1). paired: bright for dark, and so on.
+
+    No sample has a caption.
+    """
     folder = tmp_path_factory.mktemp("labelled")
     for name, values in (("source", (40, 220)), ("paired", (220, 40))):
         (folder / name).mkdir()
@@ -24,7 +27,7 @@ def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 picture = io.BytesIO()
                 Image.fromarray(np.full((8, 8), values[number % 2], np.uint8)).save(picture, "png")
                 facts = json.dumps({"label": number % 2, "number": number}).encode()
-                writer.write({"__key__": f"{number:02d}", "png": picture.getvalue(), "txt": b"-", "json": facts})
+                writer.write({"__key__": f"{number:02d}", "png": picture.getvalue(), "json": facts})
     return folder
 
 

@@ -16,6 +16,7 @@ from PIL import Image
 from stack import config as configuration
 from stack.config import UserError
 from stack.data.dataset import ImageBatch, ImageData, ImageDataset
+from stack.flow.guidance import GuidanceConfig
 from stack.flow.noise import NoisePlan
 from stack.flow.samplers import NoiseFn
 from stack.train import snapshot
@@ -137,7 +138,8 @@ def test_guidance_is_of_the_label_against_none(objective):
             return torch.ones_like(x) * label.reshape(-1, 1, 1, 1)
 
     for scale in (1.0, 3.0):
-        end = sample(Labels(), made._config, torch.arange(2), normal(2), PreviewConfig(steps=4, guidance=scale))
+        how = PreviewConfig(steps=4, guidance=GuidanceConfig(scale=scale))
+        end = sample(Labels(), made._config, torch.arange(2), normal(2), how)
         velocity = torch.tensor([2 + scale * (0 - 2), 2 + scale * (1 - 2)]).reshape(-1, 1, 1, 1)
         assert torch.allclose(end, normal(2)("noise") - velocity, atol=1e-5)
 
@@ -160,8 +162,12 @@ def test_pairs_begin_with_their_second_image(objective, dataset, labelled):
     [
         ({"label": None}, {}, r"objective\.classes=2 needs labels: .* data\.label"),
         ({}, {"preview": {"solver": "langevin"}}, r"langevin wants path\.kind ve or edm"),
-        ({}, {"preview": {"guidance": 2}, "dropout": 0}, r"guidance\.scale=2.0 needs labels, and some of them dropped"),
-        ({}, {"preview": {"guidance": 2}, "classes": 0}, r"objective\.classes is 0, objective\.dropout 0.1"),
+        (
+            {},
+            {"preview": {"guidance": {"scale": 2}}, "dropout": 0},
+            r"guidance\.scale=2.0 needs labels, and some of them dropped",
+        ),
+        ({}, {"preview": {"guidance": {"scale": 2}}, "classes": 0}, r"objective\.classes is 0, objective\.dropout 0.1"),
         ({}, {"preview": {"guidance": {"autoguidance": 2}}}, "no weaker network"),
         (
             {},
@@ -244,6 +250,8 @@ def test_a_snapshot_is_drawn_and_judged_by_its_commands(recipe, tmp_path, mmdit)
     assert (done.returncode, "a run of kind 'class_to_image' has no form of others" in done.stderr) == (2, True)
     done = mmdit("evaluate", run, "data.validation_share=0", "--nll", 4)
     assert (done.returncode, "no samples are held out to take bits a dimension of" in done.stderr) == (2, True)
+    done = mmdit("evaluate", run, "objective.classes=3")
+    assert (done.returncode, "the model that is configured with objective.classes=3" in done.stderr) == (2, True)
 
     options = ("--nll", 4, "--nll-set", "steps=20")
     exact = mmdit("evaluate", run, *options, "--nll-set", "trace=exact")

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from stack.config import validate
+from stack.config import UserError, validate
 from stack.evaluate.sample import load_sampler
+from stack.flow.guidance import GuidanceConfig
 from stack.train import snapshot
 from stack.train.sampler import SamplerConfig
 
@@ -20,7 +21,7 @@ def sampler(stage, mmdit):
 def test_an_image_does_not_depend_on_its_batch(sampler):
     sampler, encoders = sampler
     texts = encoders.encode(["a red circle", "a small blue star at the left on a white background", "a green triangle"])
-    config = SamplerConfig(steps=3, guidance=3.0)
+    config = SamplerConfig(steps=3, guidance=GuidanceConfig(scale=3))
     together = sampler.sample(texts, (32, 32), config, [5, 6, 7], seed=1)
     alone = sampler.sample(texts[1:2], (32, 32), config, [6], seed=1)
     assert np.abs(together[1].astype(int) - alone[0]).max() <= 1
@@ -40,4 +41,5 @@ def test_guidance_without_a_scale_keeps_the_samplers() -> None:
     values = {"rescale": 0.7, "interval": [0.1, 0.9]}
     assert validate(SamplerConfig, {"guidance": values}, "x.yaml").guidance.scale == 4
     assert validate(SamplerConfig, {"guidance": {**values, "scale": 2}}, "x.yaml").guidance.scale == 2
-    assert validate(SamplerConfig, {"guidance": 3}, "x.yaml").guidance.scale == 3
+    with pytest.raises(UserError, match=r"guidance: a section, expected guidance\.scale=3"):
+        validate(SamplerConfig, {"guidance": 3}, "x.yaml")
