@@ -43,13 +43,15 @@ def decode_image(data: bytes, background: tuple[int, int, int] = WHITE) -> Image
 
     Raises DecodeError if the header is refused (`safety.open_image`), or if the file is truncated or corrupt.
     """
-    open_image_checked = open_image(data)
-    orientation = _orientation(open_image_checked)
-    if open_image_checked.format in ("JPEG", "MPO") and data.count(b"\xff\xda") > _MAX_SCANS:
+    image = open_image(data)
+    orientation = _orientation(image)
+    if image.format in ("JPEG", "MPO") and data.count(b"\xff\xda") > _MAX_SCANS:
         raise DecodeError(f"image not decodable: more than {_MAX_SCANS} scans")
     try:
-        open_image_checked.verify()  # a PNG's check sums: the decoder alone lets some flipped bits through
-        image = _to_rgb(open_image(data), background)
+        if image.format == "PNG":
+            image.verify()  # its check sums, after which it cannot be read: the decoder lets some flipped bits through
+            image = open_image(data)
+        image = _to_rgb(image, background)
     except DecodeError:
         raise
     except Exception as error:  # Pillow's decoders raise nearly anything on hostile bytes
@@ -74,7 +76,8 @@ def _to_rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image
         grey = (np.asarray(image).astype(np.uint32) + 128) // 257
         return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
     if not image.has_transparency_data:
-        return image.convert("RGB")
+        image.load()
+        return image if image.mode == "RGB" else image.convert("RGB")  # which would copy it
     layer = image.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", layer.size, (*background, 255)), layer).convert("RGB")
 
