@@ -108,21 +108,45 @@ def ours(source: Path, copy: Path) -> Epoch:
     return epoch
 
 
-def webdataset(source: Path, copy: Path) -> Epoch:
-    """The pipeline as it is written, with one decoder more: webdataset knows no safetensors."""
-    import webdataset as wds
+def prepare_webdataset(source: Path, copy: Path) -> None:
+    """A member a tensor, as webdataset itself encodes and decodes them: it knows no safetensors, NumPy no bfloat16."""
+    _write_webdataset(source, copy, lambda tensors: {f"{name}.pth": tensor for name, tensor in tensors.items()})
+
+
+def prepare_webdataset_dicts(source: Path, copy: Path) -> None:
+    """A member a sample: less to unpickle."""
+    _write_webdataset(source, copy, lambda tensors: {"pth": tensors})
+
+
+def _write_webdataset(source: Path, copy: Path, parts: Callable[[dict[str, Tensor]], dict[str, Any]]) -> None:
     from safetensors.torch import load
+    from webdataset import TarWriter
 
-    def decode(key: str, data: bytes) -> dict[str, Tensor] | None:
-        return load(data) if key.endswith(".safetensors") else None
+    for shard in shards_of(source):
+        with TarWriter(str(copy / Path(shard).name)) as writer:
+            for number, data in enumerate(members(shard, ".safetensors")):
+                writer.write({"__key__": f"{number:06d}", **parts(load(data))})
 
-    dataset = wds.WebDataset(shards_of(source), shardshuffle=False, empty_check=False).decode(decode)
-    stages = dataset.map(lambda sample: sample["safetensors"]).batched(BATCH, collation_fn=collate)
+
+def webdataset(source: Path, copy: Path) -> Epoch:
+    return _webdataset(copy, lambda sample: {name: sample[f"{name}.pth"] for name in (*FIXED, *TEXTS)})
+
+
+def webdataset_dicts(source: Path, copy: Path) -> Epoch:
+    return _webdataset(copy, lambda sample: sample["pth"])
+
+
+def _webdataset(copy: Path, tensors_of: Callable[[dict[str, Any]], dict[str, Tensor]]) -> Epoch:
+    import webdataset as wds
+
+    dataset = wds.WebDataset(shards_of(copy), shardshuffle=False, empty_check=False).decode()
+    stages = dataset.map(tensors_of).batched(BATCH, collation_fn=collate)
     return lambda: iter(stages)
 
 
-def webdataset_stripped(source: Path, copy: Path) -> Epoch:
-    """As fast as its stages go: JSON sidecars are passed over unread, as our loader does, and nothing else is tried."""
+def webdataset_on_ours(source: Path, copy: Path) -> Epoch:
+    """Our shards with a decoder written for them, as fast as the pipeline's stages go: JSON sidecars are passed over
+    unread, as our loader does."""
     import webdataset as wds
     from safetensors.torch import load
 
@@ -299,7 +323,8 @@ def litdata_images(source: Path, copy: Path) -> Epoch:
 CONTENDERS: dict[str, Callable[[Path, Path], Epoch]] = {
     "ours": ours,
     "webdataset": webdataset,
-    "webdataset stripped": webdataset_stripped,
+    "webdataset a member a sample": webdataset_dicts,
+    "webdataset on our shards": webdataset_on_ours,
     "litdata": litdata,
     "mosaicml-streaming": mosaicml,
     "mosaicml-streaming by index": mosaicml_by_index,
@@ -310,6 +335,8 @@ CONTENDERS: dict[str, Callable[[Path, Path], Epoch]] = {
     "litdata images": litdata_images,
 }
 PREPARATIONS: dict[str, Callable[[Path, Path], None]] = {
+    "webdataset": prepare_webdataset,
+    "webdataset a member a sample": prepare_webdataset_dicts,
     "litdata": prepare_litdata,
     "mosaicml-streaming": prepare_mosaicml,
     "mosaicml-streaming by index": prepare_mosaicml,

@@ -18,7 +18,8 @@ from samples import FLOAT8_T5, FORMS, flux_bytes, our_bytes, write_shards
 DATA = ROOT.parent / "shared" / "data"
 TARGETS: dict[str, Mapping[str, float | None]] = {  # times faster than the peer, by size
     "webdataset": {"0.2 MB": 10.0, "0.6 MB": 10.0, "2 MB": 5.0},
-    "webdataset stripped": dict.fromkeys(FORMS, None),
+    "webdataset a member a sample": dict.fromkeys(FORMS, None),
+    "webdataset on our shards": dict.fromkeys(FORMS, None),
     "litdata": dict.fromkeys(FORMS, 1.2),
     "mosaicml-streaming": dict.fromkeys(FORMS, 5.0),
     "mosaicml-streaming by index": dict.fromkeys(FORMS, 5.0),
