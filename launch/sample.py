@@ -14,6 +14,13 @@ from launch.sampling import options
 @click.argument("prompt", required=False)
 @click.option("--prompts", type=click.Path(path_type=Path), help="A text file, one prompt a line: a grid is drawn.")
 @click.option("-o", "--out", type=click.Path(path_type=Path), default=Path("sample.png"), show_default=True)
+@click.option(
+    "--image",
+    "starts",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="Begin with this image, where the run leads from images; several make a grid. PROMPT is then a label for all.",
+)
 @options
 @click.option("--seed", default=0, show_default=True)
 @click.option("--size", help="WIDTHxHEIGHT in pixels.")
@@ -24,6 +31,7 @@ def command(
     prompt: str | None,
     prompts: Path | None,
     out: Path,
+    starts: tuple[Path, ...],
     seed: int,
     size: str | None,
     step: int | None,
@@ -46,9 +54,9 @@ def command(
     from stack.train.pictures import contact_sheet
     from stack.train.sampler import SamplerConfig
 
-    if (prompt is None) == (prompts is None):
-        raise UserError("give either a PROMPT or --prompts FILE")
-    texts = [prompt] if prompt is not None else []
+    if (prompts is not None) + bool(starts or prompt is not None) != 1:
+        raise UserError("give either a PROMPT, --image FILE, or both, or --prompts FILE")
+    texts = [prompt or "0"] * max(len(starts), 1)  # a run without classes has one label, 0
     if prompts is not None:
         texts = [line.strip() for line in prompts.read_text().splitlines() if line.strip()]
     if not texts:
@@ -57,15 +65,22 @@ def command(
     if snap.metadata["kind"] == "class_to_image":
         if size is not None:
             raise UserError("--size: images of labels have the size of the training's")
-        images = draw_labels(snap, [_label(text) for text in texts], sampling, seed, worse)
+        if prompt is prompts is None and snap.metadata["objective"]["classes"]:
+            raise UserError(f"{run}: knows classes: give a PROMPT, the label of what is drawn")
+        images = draw_labels(snap, [_label(text) for text in texts], sampling, seed, worse, starts)
     else:
+        if starts:
+            raise UserError(f"{run}: draws images from noise and a PROMPT: leave out --image")
         sampler, encoders = load_sampler(snap, dist.device(), worse)
         values = dict(snap.metadata["sampling"])
         width, height = _sides(size) or values["size"]
         del values["size"]
         config = load(SamplerConfig, values, sampling)
         images = sampler.sample(encoders.encode(texts), (width, height), config, range(len(texts)), seed)
-    picture = contact_sheet(images, texts) if prompts is not None else Image.fromarray(np.asarray(images[0]))
+    if prompts is not None or len(images) > 1:
+        picture = contact_sheet(images, [start.name for start in starts] or texts)
+    else:
+        picture = Image.fromarray(np.asarray(images[0]))
     with publish(out) as temporary:
         picture.save(temporary, format=Image.registered_extensions().get(out.suffix.lower(), "PNG"))
     click.echo(f"{out}: {len(texts)} image{'s' * (len(texts) > 1)}, snapshot of step {snap.step}")

@@ -26,7 +26,7 @@ from stack import dist
 from stack.config import Config, UserError
 from stack.data import latents, mlperf
 from stack.data.buckets import BucketConfig, BucketRule, unfilled
-from stack.data.images import decode_image, to_bucket
+from stack.data.images import to_pixels
 from stack.data.index import ShardIndex
 from stack.data.partners import Partners
 from stack.data.plan import WINDOW, BatchPlan, Draw, Rows, StepSampler
@@ -455,9 +455,7 @@ class ImageDataset(ShardData):
 
     def _pixels(self, data: bytes, bucket: int) -> Tensor:
         """[C, H, W] in −1…1. Raises DecodeError."""
-        image = decode_image(data)
-        pixels = torch.from_numpy(to_bucket(image if self.channels == 3 else image.convert("L"), self.sides[bucket]))
-        return pixels.reshape(*pixels.shape[:2], -1).permute(2, 0, 1).float() / 127.5 - 1
+        return to_pixels(data, self.sides[bucket], self.channels)
 
     def _read_label(self, shard: int, row: int, name: str) -> int:
         label = self._reader.fields(shard, row).get(name)

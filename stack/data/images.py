@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import IO
 
 import numpy as np
+import torch
 from PIL import Image
+from torch import Tensor
 
 from stack.data.buckets import fit
 from stack.data.safety import DecodeError, open_image
 
-__all__ = ["DecodeError", "decode_image", "image_size", "to_bucket"]
+__all__ = ["DecodeError", "decode_image", "image_size", "to_bucket", "to_pixels"]
 
 WHITE = (255, 255, 255)
 
@@ -69,6 +71,16 @@ def to_bucket(image: Image.Image, bucket: tuple[int, int]) -> np.ndarray:
     scale_x, scale_y = image.width / resized_width, image.height / resized_height
     box = (left * scale_x, top * scale_y, min(right * scale_x, image.width), min(bottom * scale_y, image.height))
     return np.array(image.resize(bucket, Image.Resampling.LANCZOS, box=box))
+
+
+def to_pixels(data: bytes, bucket: tuple[int, int], channels: int) -> Tensor:
+    """What a model of pixels sees of an image file: [channels, height, width] in −1…1, grey if there is one channel.
+
+    Raises DecodeError.
+    """
+    image = decode_image(data)
+    pixels = torch.from_numpy(to_bucket(image if channels == 3 else image.convert("L"), bucket))
+    return pixels.reshape(*pixels.shape[:2], -1).permute(2, 0, 1).float() / 127.5 - 1
 
 
 def _to_rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:

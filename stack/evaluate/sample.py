@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -10,6 +11,7 @@ import torch
 from autoencoders.codec import Codec, to_uint8
 from stack import dist
 from stack.config import UserError, load
+from stack.data.images import DecodeError, to_pixels
 from stack.flow.noise import Draws, NoisePlan
 from stack.flow.process import FlowConfig
 from stack.models import captioned
@@ -45,37 +47,54 @@ def load_sampler(snap: Snapshot, device: torch.device, weak: Snapshot | None = N
 
 
 def draw_labels(
-    snap: Snapshot, labels: Sequence[int], sampling: Sequence[str], seed: int, weak: Snapshot | None = None
+    snap: Snapshot,
+    labels: Sequence[int],
+    sampling: Sequence[str],
+    seed: int,
+    weak: Snapshot | None = None,
+    starts: Sequence[Path] = (),
 ) -> list[np.ndarray]:
     """Images of class labels, uint8 [height, width, 3], by the averaged network of a snapshot.
 
-    Image i of `seed` is of labels[i]. sampling: dotted overrides of the run's preview.  weak: as in `load_sampler`.
-    Raises UserError where the run has no such labels, begins with images instead of noise, or cannot be guided so.
+    Image i of `seed` is of labels[i], and begins with the image file starts[i] where the run leads from images.
+    sampling: dotted overrides of the run's preview.  weak: as in `load_sampler`.
+    Raises UserError where the run has no such labels, begins with the other, or cannot be guided so.
     """
     device = dist.device()
     network, config = class_to_image.of_snapshot(snap, device)
     how = load(class_to_image.PreviewConfig, config.preview.model_dump(), sampling)
     how.check(config)
     class_to_image.check_guidance(how, config)
-    if config.coupling.kind == "paired":
-        raise UserError(f"{snap.path}: begins with images, not with noise: see stack.train.class_to_image.sample")
+    if (config.coupling.kind == "paired") != bool(starts):
+        begins = "noise, not with images" if starts else "images, not with noise: name them with --image"
+        raise UserError(f"{snap.path}: begins with {begins}")
     if wrong := [label for label in labels if not 0 <= label < max(config.classes, 1)]:
         raise UserError(f"label {wrong[0]}: {snap.path} has labels from 0 to {max(config.classes, 1) - 1}")
     worse = None if weak is None else class_to_image.of_snapshot(weak, device)[0]
     classifier = class_to_image.classifier_of(how, config, snap.metadata["channels"], device)
-    (width, height), images = snap.metadata["sides"][0], []
+    (width, height), channels, images = snap.metadata["sides"][0], snap.metadata["channels"], []
+    first = [_pixels(path, (width, height), channels) for path in starts]
     for start in range(0, len(labels), BATCH):
         rows = range(start, min(start + BATCH, len(labels)))
         draws = NoisePlan(seed).at(0, rows)
 
-        def noise(stream: str, draws: Draws = draws) -> torch.Tensor:
-            return draws.normal(stream, (snap.metadata["channels"], height, width)).to(device)
+        def noise(stream: str, rows: range = rows, draws: Draws = draws) -> torch.Tensor:
+            if stream == "noise" and first:
+                return torch.stack([first[row] for row in rows]).to(device)
+            return draws.normal(stream, (channels, height, width)).to(device)
 
         label_B = torch.tensor([labels[row] for row in rows], device=device)
         with torch.inference_mode():
             image_BCHW = class_to_image.sample(network, config, label_B, noise, how, classifier, worse)
         images += list(to_uint8(image_BCHW.clamp(-1, 1).expand(-1, 3, -1, -1)).numpy())
     return images
+
+
+def _pixels(path: Path, side: tuple[int, int], channels: int) -> torch.Tensor:
+    try:
+        return to_pixels(path.read_bytes(), side, channels)
+    except DecodeError as error:
+        raise UserError(f"{path}: {error}") from None
 
 
 def draw(

@@ -28,7 +28,8 @@ class CouplingConfig(Config):
     §3.2.5). It needs the whole batch in one place: one rank, no accumulation.
 
     paired: what stands at t = 1 is data, too, one for each sample; a flow from images to images (rectified flow between
-    two distributions, arXiv 2209.03003).
+    two distributions, arXiv 2209.03003). It leads from the one distribution to the other; where the lines of two pairs
+    cross, it turns from the one to the other, and does not end at the start's own partner.
     """
 
     kind: Literal["independent", "immiscible", "optimal_transport", "paired"] = "independent"

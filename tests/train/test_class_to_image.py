@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from webdataset import TarWriter
 
 from stack import config as configuration
 from stack.config import UserError
@@ -265,6 +267,43 @@ def test_a_snapshot_is_drawn_and_judged_by_its_commands(recipe, tmp_path, mmdit)
     assert probed["bits_per_dim"] == pytest.approx(exact["bits_per_dim"], abs=4 * error)
     assert exact["bits_per_dim"] < 8  # a uniform model's
     assert set(exact["val_loss_at_t"]) == {str(i / 8) if i else "0" for i in range(8)}
+
+
+def test_a_flow_from_images_leads_from_those_that_are_given(recipe, tmp_path, mmdit):
+    def grey(value: int) -> bytes:
+        picture = io.BytesIO()
+        Image.fromarray(np.full((8, 8), value, np.uint8)).save(picture, "png")
+        return picture.getvalue()
+
+    run, out, starts = tmp_path / "run", tmp_path / "out.png", {}
+    (tmp_path / "faint").mkdir()
+    with TarWriter(str(tmp_path / "faint" / "00000.tar"), encoder=False) as writer:
+        for number in range(64):
+            writer.write({"__key__": f"{number:02d}", "png": grey((110, 150)[number % 2])})
+    pairs = {"data": {"paired": str(tmp_path / "faint")}, "objective": {"coupling": {"kind": "paired"}, "classes": 0}}
+    done = mmdit("train", recipe(run, **pairs))
+    assert done.returncode == 0, done.stderr
+    for value, end in ((110, 40), (150, 220)):
+        starts[value] = tmp_path / f"{value}.png"
+        starts[value].write_bytes(grey(value))
+        done = mmdit("sample", run, "--image", starts[value], "-o", out)
+        assert done.returncode == 0, done.stderr
+        assert abs(np.asarray(Image.open(out)).mean() - end) < 20
+    done = mmdit("sample", run, "--image", starts[110], "--image", starts[150], "-o", out)
+    assert "out.png: 2 images" in done.stdout
+    left, right = np.split(np.asarray(Image.open(out))[:128], 2, axis=1)
+    assert left.mean() + 100 < right.mean()
+
+    assert mmdit("train", recipe(tmp_path / "plain", schedule={"steps": 1, "warmup": 1})).returncode == 0
+    starts[0] = tmp_path / "broken.png"
+    starts[0].write_bytes(b"GIF89a")
+    for arguments, message in (
+        ((run, "0"), "begins with images, not with noise: name them with --image"),
+        ((tmp_path / "plain", "1", "--image", starts[110]), "begins with noise, not with images"),
+        ((run, "--image", starts[0]), "broken.png: image not readable"),
+    ):
+        done = mmdit("sample", *arguments)
+        assert (done.returncode, message in done.stderr) == (2, True), done.stderr
 
 
 def test_a_training_that_was_stopped_goes_on_exactly(recipe, tmp_path, mmdit, history):
