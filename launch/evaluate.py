@@ -28,7 +28,8 @@ from launch.sampling import options
 @click.option("--nll-set", multiple=True, metavar="KEY=VALUE", help="How they are estimated: levels=17, trace=exact,"
               " probes=4, dequantizations=2, steps=100.")  # fmt: skip
 @click.option("--scenes", default=0, show_default=True, help="Judge so many samples of each kind of drawn scene.")
-@click.option("--samples", default=0, show_default=True, help="Draw so many samples for the held-out captions.")
+@click.option("--samples", default=0, show_default=True, help="Draw so many samples for the held-out captions, or of"
+              " all classes.")  # fmt: skip
 @click.option("--inception", type=click.Path(path_type=Path), help="InceptionV3's weights: FID and KID of the samples.")
 @click.option("--reference", type=click.Path(path_type=Path), help="Folder of images to compare with, instead of the"
               " held-out ones.")  # fmt: skip

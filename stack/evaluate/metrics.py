@@ -20,7 +20,7 @@ from torch import Tensor
 
 from autoencoders.codec import Codec, to_uint8
 from stack.config import UserError
-from stack.data.dataset import LatentDataset
+from stack.data.dataset import ImageDataset, LatentDataset
 from stack.data.images import DecodeError, decode_image
 from stack.flow.process import VALIDATION_LEVELS
 from stack.text import conditioning
@@ -59,6 +59,12 @@ def decoded(data: LatentDataset, codec: Codec, batch_size: int) -> Iterator[np.n
         with torch.inference_mode():
             image_BCHW = codec.decode_raw(batch.mean_BCHW.to(weight)).clamp(-1, 1)
         yield from to_uint8(image_BCHW).numpy()
+
+
+def pixels(data: ImageDataset, batch_size: int) -> Iterator[np.ndarray]:
+    """The held-out images as a model of pixels sees them, uint8 [H, W, 3]."""
+    for batch in data.validation(batch_size):
+        yield from to_uint8(batch.image_BCHW.expand(-1, 3, -1, -1)).numpy()
 
 
 def images_in(folder: Path) -> Iterator[np.ndarray]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -25,11 +25,11 @@ from stack import config as configuration
 from stack import dist
 from stack.claims import Claims
 from stack.config import Config, UserError
-from stack.data.dataset import LatentDataset
+from stack.data.dataset import ImageDataset, LatentDataset
 from stack.data.synthetic import evaluation_prompts, prompt
 from stack.evaluate import metrics
 from stack.evaluate.metrics import Inception
-from stack.evaluate.sample import draw
+from stack.evaluate.sample import draw, draw_classes
 from stack.evaluate.scenes import judge, shares
 from stack.files import publish
 from stack.flow.likelihood import Bits, LikelihoodConfig
@@ -38,7 +38,13 @@ from stack.log import Tracker, say
 from stack.shown import redact
 from stack.text.encoders import ClipScore, TextEncoders
 from stack.train import loop, recipe, snapshot
-from stack.train.class_to_image import ClassToImage, ClassToImageConfig
+from stack.train.class_to_image import (
+    ClassToImage,
+    ClassToImageConfig,
+    PreviewConfig,
+    check_guidance,
+    classifier_of,
+)
 from stack.train.pictures import contact_sheet
 from stack.train.recipe import TrainConfig
 from stack.train.sampler import Sampler, SamplerConfig
@@ -63,16 +69,17 @@ class EvaluationConfig(Config):
     scenes: NonNegativeInt = 0
     """Samples for each of one and two drawn shapes, seen and held-out combinations."""
     samples: NonNegativeInt = 0
-    """Samples for the captions of the held-out samples, one after another and from the first again."""
+    """Samples for the captions of the held-out samples, one after another and from the first again, or of a run's
+    classes in turns."""
     inception: Path | None = None
     """InceptionV3's weights: FID and KID of the samples."""
     reference: Path | None = None
-    """Folder of images that they are compared with; else the held-out images, decoded from their latents."""
+    """Folder of images that they are compared with; else the held-out images, of latents as they are decoded."""
     clip: Path | None = None
     """Folder of a CLIP as open_clip saves it: CLIP score of the samples."""
     nll: NllConfig = NllConfig()
     sampling: tuple[str, ...] = ()
-    """Dotted overrides of the SamplerConfig of the run's own sample grids: steps=10, guidance.scale=2."""
+    """Dotted overrides of the sampler of the run's own sample grids: steps=10, guidance.scale=2."""
     seed: NonNegativeInt = 0
     batch_size: PositiveInt = 64
 
@@ -100,7 +107,6 @@ class Evaluator:
     def __init__(self, run: Path, asked: EvaluationConfig, overrides: Sequence[str] = ()):
         if not (run / "config.yaml").exists():
             raise UserError(f"{run}: no config.yaml; not a run folder")
-        configuration.load(SamplerConfig, {}, asked.sampling)
         self.run, self.leases = run, snapshot.leases(run)
         self._asked, self._device = asked, dist.device()
         self._settings = asked.model_dump(mode="json", exclude={"batch_size"})
@@ -111,23 +117,44 @@ class Evaluator:
         self._tracker: Tracker | None = None
         objective = self._trained.objective
         pixels = isinstance(objective, ClassToImageConfig) and objective.coupling.kind != "paired"
+        if isinstance(objective, ClassToImageConfig):
+            self._how = configuration.load(PreviewConfig, objective.preview.model_dump(), asked.sampling)
+            self._how.check(objective)
+            check_guidance(self._how, objective)
+        else:
+            configuration.load(SamplerConfig, {}, asked.sampling)
         if asked.nll.images and not pixels:
             raise UserError(
                 f"{run}: a run of kind {objective.kind!r} has no bits a dimension: noise made pixels has them"
             )
         if asked.nll.images and next(iter(self._data.validation(1)), None) is None:
             raise UserError(f"{run}: no samples are held out to take bits a dimension of; see data.validation_share")
-        if asked.scenes or asked.samples:
+        self._inception: Inception | None = None
+        self._clip: ClipScore | None = None
+        if pixels and asked.samples and not (asked.scenes or asked.clip):
+            assert isinstance(self._data, ImageDataset)
+            self._compare_with(metrics.pixels(self._data, asked.batch_size))
+        elif asked.scenes or asked.samples:
             if not isinstance(objective, TextToImageConfig):
                 raise UserError(f"{run}: a run of kind {objective.kind!r} does not draw images from prompts")
             self._text = objective.text
             self._codec = Codec.load(objective.autoencoder).to(self._device)
-        if asked.scenes:
-            self._encoders = TextEncoders(self._text, self._device)
-        if asked.samples:
-            self._prepare_samples(asked.samples)
+            if asked.scenes:
+                self._encoders = TextEncoders(self._text, self._device)
+            if asked.samples:
+                self._prepare_prompts(asked.samples)
 
-    def _prepare_samples(self, count: int) -> None:
+    def _compare_with(self, held_out: Iterable[np.ndarray]) -> None:
+        asked = self._asked
+        assert asked.inception is not None
+        self._inception = Inception(asked.inception, self._device, asked.batch_size)
+        self._reference_ND = self._inception.features(
+            metrics.images_in(asked.reference) if asked.reference else held_out
+        )
+        if len(self._reference_ND) < 2:
+            raise UserError(f"inception: {asked.reference or 'the held-out share'} has too few images to compare with")
+
+    def _prepare_prompts(self, count: int) -> None:
         asked, data = self._asked, self._data
         assert isinstance(data, LatentDataset)
         texts, sizes = metrics.held_out_prompts(data, asked.batch_size)
@@ -135,16 +162,8 @@ class Evaluator:
             raise UserError(f"{self.run}: no samples are held out to take captions from; see data.validation_share")
         rows = [row % len(texts) for row in range(count)]
         self._texts, self._sizes = [texts[row] for row in rows], [sizes[row] for row in rows]
-        self._inception = self._clip = None
         if asked.inception is not None:
-            self._inception = Inception(asked.inception, self._device, asked.batch_size)
-            reference = metrics.images_in(asked.reference) if asked.reference else None
-            images = reference or metrics.decoded(data, self._codec, asked.batch_size)
-            self._reference_ND = self._inception.features(images)
-            if len(self._reference_ND) < 2:
-                raise UserError(
-                    f"inception: {asked.reference or 'the held-out share'} has too few images to compare with"
-                )
+            self._compare_with(metrics.decoded(data, self._codec, asked.batch_size))
         if asked.clip is not None:
             self._clip = ClipScore(asked.clip, self._device)
             captions = data.validation_captions()
@@ -182,11 +201,15 @@ class Evaluator:
             result["val_loss_at_t"] = metrics.by_timestep(loss_N)
         if self._asked.nll.images:
             result |= self._likelihood(network)
-        if self._asked.scenes or self._asked.samples:
+        if self._asked.samples and isinstance(self._objective, ClassToImage):
+            result |= self._classes(step, network, snap.metadata)
+        elif self._asked.scenes or self._asked.samples:
             values = {key: value for key, value in snap.metadata["sampling"].items() if key != "size"}
             config = configuration.load(SamplerConfig, values, self._asked.sampling)
             sampler = Sampler(network, self._codec, self._text.pad, self._trained.objective)  # type: ignore[arg-type]
-            result |= self._samples(step, sampler, config) if self._asked.samples else {}
+            if self._asked.samples:
+                drawn = draw(sampler, self._texts, self._sizes, config, self._asked.seed)
+                result |= self._samples(step, drawn)
             result |= self._scenes(step, sampler, config) if self._asked.scenes else {}
             result["sampling"] = config.model_dump()
         result |= {"settings": self._settings, "seconds": round(time.monotonic() - began, 1)}
@@ -223,11 +246,21 @@ class Evaluator:
             "nll_images": len(bits_N),
         }
 
-    def _samples(self, step: int, sampler: Sampler, config: SamplerConfig) -> dict[str, Any]:
+    def _classes(self, step: int, network: nn.Module, metadata: dict[str, Any]) -> dict[str, Any]:
+        """Of samples of all classes, which take turns."""
+        objective, asked, how = self._trained.objective, self._asked, self._how
+        assert isinstance(objective, ClassToImageConfig)
+        classifier = classifier_of(how, objective, metadata["channels"], self._device)
+        labels = [row % max(objective.classes, 1) for row in range(asked.samples)]
+        (width, height), channels = metadata["sides"][0], metadata["channels"]
+        drawn = draw_classes(network, objective, labels, how, asked.seed, (channels, height, width), classifier)
+        return {**self._samples(step, drawn), "sampling": how.model_dump(mode="json")}
+
+    def _samples(self, step: int, drawn: Iterable[tuple[Sequence[int], list[np.ndarray]]]) -> dict[str, Any]:
         features: list[torch.Tensor] = []
         scores: list[float] = []
         shown: list[np.ndarray] = []
-        for rows, images in draw(sampler, self._texts, self._sizes, config, self._asked.seed):
+        for rows, images in drawn:
             shown += images[: MAX_SHOWN - len(shown)]
             if self._inception is not None:
                 features.append(self._inception.features(images))

@@ -7,11 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
 from autoencoders.codec import Codec, to_uint8
 from stack import dist
 from stack.config import UserError, load
 from stack.data.images import DecodeError, to_pixels
+from stack.flow.draw import GuidedConfig
+from stack.flow.guidance import ClassifierFn
 from stack.flow.noise import Draws, NoisePlan
 from stack.flow.process import FlowConfig
 from stack.models import captioned
@@ -19,6 +22,7 @@ from stack.models.captioned import CaptionNetwork
 from stack.text.conditioning import EncodedText
 from stack.text.encoders import TextEncoders
 from stack.train import class_to_image
+from stack.train.class_to_image import ClassToImageConfig
 from stack.train.sampler import Sampler, SamplerConfig
 from stack.train.snapshot import Snapshot
 from stack.train.text_to_image import check_encoders
@@ -72,25 +76,44 @@ def draw_labels(
         raise UserError(f"label {wrong[0]}: {snap.path} has labels from 0 to {max(config.classes, 1) - 1}")
     worse = None if weak is None else class_to_image.of_snapshot(weak, device)[0]
     classifier = class_to_image.classifier_of(how, config, snap.metadata["channels"], device)
-    (width, height), channels, images = snap.metadata["sides"][0], snap.metadata["channels"], []
+    (width, height), channels = snap.metadata["sides"][0], snap.metadata["channels"]
     first = [_pixels(path, (width, height), channels) for path in starts]
+    shape = (channels, height, width)
+    batches = draw_classes(network, config, labels, how, seed, shape, classifier, worse, first)
+    return [image for _, images in batches for image in images]
+
+
+def draw_classes(
+    network: nn.Module,
+    config: ClassToImageConfig,
+    labels: Sequence[int],
+    how: GuidedConfig,
+    seed: int,
+    shape: tuple[int, int, int],
+    classifier: ClassifierFn | None = None,
+    weak: nn.Module | None = None,
+    starts: Sequence[Tensor] = (),
+) -> Iterator[tuple[range, list[np.ndarray]]]:
+    """Batches of (rows, images), as `draw`: image i of `seed` is of labels[i], on the networks' device.
+
+    shape: [C, H, W] of an image.  starts: what image i begins with, [C, H, W] each, instead of noise.
+    """
+    device = next(network.parameters()).device
     for start in range(0, len(labels), BATCH):
         rows = range(start, min(start + BATCH, len(labels)))
         draws = NoisePlan(seed).at(0, rows)
 
-        def noise(stream: str, rows: range = rows, draws: Draws = draws) -> torch.Tensor:
-            if stream == "noise" and first:
-                return torch.stack([first[row] for row in rows]).to(device)
-            return draws.normal(stream, (channels, height, width)).to(device)
+        def noise(stream: str, rows: range = rows, draws: Draws = draws) -> Tensor:
+            begins = stream == "noise" and len(starts) > 0
+            return (torch.stack([starts[row] for row in rows]) if begins else draws.normal(stream, shape)).to(device)
 
         label_B = torch.tensor([labels[row] for row in rows], device=device)
         with torch.inference_mode():
-            image_BCHW = class_to_image.sample(network, config, label_B, noise, how, classifier, worse)
-        images += list(to_uint8(image_BCHW.clamp(-1, 1).expand(-1, 3, -1, -1)).numpy())
-    return images
+            image_BCHW = class_to_image.sample(network, config, label_B, noise, how, classifier, weak)
+        yield rows, list(to_uint8(image_BCHW.clamp(-1, 1).expand(-1, 3, -1, -1)).numpy())
 
 
-def _pixels(path: Path, side: tuple[int, int], channels: int) -> torch.Tensor:
+def _pixels(path: Path, side: tuple[int, int], channels: int) -> Tensor:
     try:
         return to_pixels(path.read_bytes(), side, channels)
     except DecodeError as error:

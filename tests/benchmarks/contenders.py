@@ -75,7 +75,7 @@ def rgb(image: Any) -> Tensor:
     """A PIL image's pixels, uint8 [H, W, 3]."""
     import numpy as np
 
-    return torch.from_numpy(np.array(image))
+    return torch.from_numpy(np.asarray(image))
 
 
 # ---- pre-encoded samples

@@ -11,14 +11,16 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from stack.data.dataset import LatentData, LatentDataset
+from stack.config import load
+from stack.data.dataset import ImageDataset, LatentData, LatentDataset
 from stack.evaluate import metrics
 from stack.evaluate.metrics import Inception
-from stack.evaluate.sample import draw, load_sampler
+from stack.evaluate.sample import draw, draw_labels, load_sampler
 from stack.flow.guidance import GuidanceConfig
 from stack.text.conditioning import collate, split
 from stack.text.encoders import ClipScore
 from stack.train import snapshot
+from stack.train.recipe import TrainConfig
 from stack.train.sampler import SamplerConfig
 
 CPU = torch.device("cpu")
@@ -209,6 +211,36 @@ def test_the_command_measures_samples_of_the_held_out_captions(
     assert len(features) == 3
     expected = metrics.fid(network.features([images[row] for row in range(5)]), features)
     assert against_decoded == pytest.approx(expected, rel=0.02)
+
+
+def test_samples_of_all_classes_are_compared_with_held_out_pixels(mmdit, inception, few_features, tmp_path):
+    run, digits = tmp_path / "run", tmp_path / "digits"
+    assert mmdit("data", "digits", digits).returncode == 0
+    small = ("objective.model.depth=1", "schedule.steps=2", "schedule.warmup=1", "data.max_validation=8")
+    config = Path(__file__).parents[2] / "configs" / "train" / "digits.yaml"
+    done = mmdit("train", config, f"run.dir={run}", f"data.source={digits}", *small, "log.wandb=disabled")
+    assert done.returncode == 0, done.stderr
+    asked = ("--samples", 12, "--steps", 2, "--guidance", 3, "--seed", 5, "--inception", inception)
+    done = mmdit("evaluate", run, *asked)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert (result["sampling"]["steps"], result["sampling"]["guidance"]["scale"]) == (2, 3)
+    labels = [*range(10), 0, 1]
+    drawn = draw_labels(snapshot.read(run), labels, ("steps=2", "guidance.scale=3"), seed=5)
+    network, trained = Inception(inception, CPU, 8), load(TrainConfig, run / "config.yaml")
+    held_out = list(metrics.pixels(ImageDataset(trained.data, trained.run.seed), 5))
+    assert len(held_out) == 8
+    expected = metrics.fid(network.features(drawn), network.features(held_out))
+    assert result["fid"] == pytest.approx(expected, rel=1e-3)
+    assert list((run / "eval").glob("*/*-samples.png"))
+    for wrong, message in (
+        (("--samples", 4, "--clip", "x"), "does not draw images from prompts"),
+        (("--scenes", 4), "does not draw images from prompts"),
+        ((*asked, "--set", "batch=3"), "unknown key 'batch'"),
+        ((*asked, "--set", "guidance.classifier=1"), "nothing to look at in the noise"),
+    ):
+        done = mmdit("evaluate", run, *wrong)
+        assert (done.returncode, message in done.stderr) == (2, True), done.stderr
 
 
 @pytest.mark.parametrize(
