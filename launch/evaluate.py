@@ -26,7 +26,7 @@ from launch.sampling import options
     "--nll", default=0, show_default=True, help="Bits a dimension of so many held-out images, for models of pixels."
 )
 @click.option("--nll-set", multiple=True, metavar="KEY=VALUE", help="How they are estimated: levels=17, trace=exact,"
-              " probes=4, dequantizations=2, steps=100.")  # fmt: skip
+              " probes=4, dequantizations=2, steps=100, bound=true (DDPM's variational bound).")  # fmt: skip
 @click.option("--scenes", default=0, show_default=True, help="Judge so many samples of each kind of drawn scene.")
 @click.option("--samples", default=0, show_default=True, help="Draw so many samples for the held-out captions, or of"
               " all classes.")  # fmt: skip

@@ -61,6 +61,8 @@ class NllConfig(LikelihoodConfig):
     images: NonNegativeInt = 0
     steps: PositiveInt = 50
     """Of Heun's method along the probability-flow ODE."""
+    bound: bool = False
+    """DDPM's variational bound beside it, which asks the network once a step of the path."""
 
 
 class EvaluationConfig(Config):
@@ -127,6 +129,8 @@ class Evaluator:
             raise UserError(
                 f"{run}: a run of kind {objective.kind!r} has no bits a dimension: noise made pixels has them"
             )
+        if asked.nll.bound and not (isinstance(objective, ClassToImageConfig) and objective.path.kind == "ddpm"):
+            raise UserError(f"{run}: nll.bound is of a model of pixels with path.kind=ddpm")
         if asked.nll.images and next(iter(self._data.validation(1)), None) is None:
             raise UserError(f"{run}: no samples are held out to take bits a dimension of; see data.validation_share")
         self._inception: Inception | None = None
@@ -231,20 +235,27 @@ class Evaluator:
         asked, objective = self._asked.nll, self._objective
         assert isinstance(objective, ClassToImage)
         found: list[Bits] = []
+        bounds: list[torch.Tensor] = []
         left = asked.images
         for batch in self._data.validation(min(self._asked.batch_size, left)):
             draws = NoisePlan(self._asked.seed).at(0, batch.positions)
-            found.append(objective.bits_per_dim(network, batch.to(self._device), draws, asked, asked.steps))
+            on_device = batch.to(self._device)
+            found.append(objective.bits_per_dim(network, on_device, draws, asked, asked.steps))
+            if asked.bound:
+                bounds.append(objective.ddpm_bound(network, on_device, draws, asked.levels).value_B)
             left -= len(batch.positions)
             if left <= 0:
                 break
         bits_N, trace_N = (torch.cat(values)[: asked.images].cpu() for values in zip(*found, strict=True))
-        return {
+        result = {
             "bits_per_dim": float(bits_N.mean()),
             "bits_per_dim_error": float(bits_N.std() / len(bits_N) ** 0.5) if len(bits_N) > 1 else math.nan,
             "bits_per_dim_trace_error": float(trace_N.square().mean().sqrt() / len(trace_N) ** 0.5),
             "nll_images": len(bits_N),
         }
+        if bounds:
+            result["ddpm_bound"] = float(torch.cat(bounds)[: asked.images].mean())
+        return result
 
     def _classes(self, step: int, network: nn.Module, metadata: dict[str, Any]) -> dict[str, Any]:
         """Of samples of all classes, which take turns."""

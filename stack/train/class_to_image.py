@@ -18,9 +18,10 @@ from stack.config import UserError, validate
 from stack.data.dataset import ImageBatch, ImageDataset
 from stack.flow.draw import GuidedConfig, draw
 from stack.flow.guidance import Branches, ClassifierFn, Guided, branches, classifier_gradient
-from stack.flow.likelihood import Bits, LikelihoodConfig, bits_per_dim
+from stack.flow.likelihood import Bits, LikelihoodConfig, bits_per_dim, ddpm_bound
 from stack.flow.noise import Draws, NoisePlan
-from stack.flow.process import Example, FlowConfig
+from stack.flow.path import DDPM
+from stack.flow.process import Example, FlowConfig, NetworkFn
 from stack.flow.samplers import NoiseFn
 from stack.models import labelled
 from stack.models.labelled import LabelNetwork, NetworkConfig
@@ -96,9 +97,20 @@ class ClassToImage:
         self, network: nn.Module, batch: ImageBatch, draws: Draws, how: LikelihoodConfig, num_steps: int
     ) -> Bits:
         """Of the batch's images under their labels, see `stack.flow.likelihood.bits_per_dim`."""
-        config, label_B = self._config, self._label_B(batch)
-        velocity = config.velocity_fn(config.predictor(lambda x_BCHW, t_B: network(x_BCHW, t_B, label_B)))
+        config, velocity = self._config, self._config.velocity_fn(self._predictor(network, batch))
         return bits_per_dim(velocity, config.path, batch.image_BCHW, config.grid(num_steps), draws, how)
+
+    def ddpm_bound(self, network: nn.Module, batch: ImageBatch, draws: Draws, levels: int) -> Bits:
+        """As `bits_per_dim`, by `stack.flow.likelihood.ddpm_bound`. ValueError unless the path is DDPM's."""
+        config = self._config
+        if not isinstance(config.path, DDPM):
+            raise ValueError(f"the variational bound is of path.kind=ddpm, got {config.path.kind}")
+        estimate = config.estimate_fn(self._predictor(network, batch))
+        return ddpm_bound(estimate, config.path, batch.image_BCHW, draws, levels)
+
+    def _predictor(self, network: nn.Module, batch: ImageBatch) -> NetworkFn:
+        label_B = self._label_B(batch)
+        return self._config.predictor(lambda x_BCHW, t_B: network(x_BCHW, t_B, label_B))
 
     def preview(self, network: nn.Module) -> Image:
         """Samples, a column a class as far as there is room; of paired data each under the image it begins with."""

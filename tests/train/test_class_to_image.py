@@ -19,6 +19,7 @@ from stack import config as configuration
 from stack.config import UserError
 from stack.data.dataset import ImageBatch, ImageData, ImageDataset
 from stack.flow.guidance import GuidanceConfig
+from stack.flow.likelihood import ddpm_bound
 from stack.flow.noise import NoisePlan
 from stack.flow.samplers import NoiseFn
 from stack.train import snapshot
@@ -267,6 +268,27 @@ def test_a_snapshot_is_drawn_and_judged_by_its_commands(recipe, tmp_path, mmdit)
     assert probed["bits_per_dim"] == pytest.approx(exact["bits_per_dim"], abs=4 * error)
     assert exact["bits_per_dim"] < 8  # a uniform model's
     assert set(exact["val_loss_at_t"]) == {str(i / 8) if i else "0" for i in range(8)}
+    done = mmdit("evaluate", run, *options, "--nll-set", "bound=true")
+    assert (done.returncode, "nll.bound is of a model of pixels with path.kind=ddpm" in done.stderr) == (2, True)
+
+
+def test_ddpms_bound_is_above_what_the_density_says(recipe, tmp_path, mmdit):
+    run = tmp_path / "run"
+    path = {"kind": "ddpm", "steps": 100, "beta_last": 0.2}
+    done = mmdit("train", recipe(run, objective={"path": path, "prediction": "v", "timesteps": {"kind": "uniform"}}))
+    assert done.returncode == 0, done.stderr
+    keys = ("trace=exact", "steps=20", "bound=true")
+    done = mmdit("evaluate", run, "--nll", 12, *(word for key in keys for word in ("--nll-set", key)))
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["bits_per_dim"] < found["ddpm_bound"] < 30
+    network, config = load(run, CPU)
+    made = ImageDataset(configuration.load(TrainConfig, run / "config.yaml").data, 0)
+    batch = next(made.validation(12))
+    with torch.inference_mode():
+        fn = config.estimate_fn(config.predictor(lambda x, t: network(x, t, batch.label_B)))
+        bound = ddpm_bound(fn, config.path, batch.image_BCHW, NoisePlan(0).at(0, batch.positions))
+    assert found["ddpm_bound"] == pytest.approx(float(bound.value_B.mean()), rel=1e-5)
 
 
 def test_a_flow_from_images_leads_from_those_that_are_given(recipe, tmp_path, mmdit):
