@@ -196,7 +196,7 @@ class Evaluator:
         try:
             self._objective.network.load_state_dict(snap.weights)
         except RuntimeError:
-            changed = ", ".join(self._settings["overrides"])
+            changed = ", ".join(self._settings["overrides"]) or self.run / "config.yaml"
             raise UserError(f"{snap.path}: not the weights of the model that is configured with {changed}") from None
         network = self._objective.network.to(self._device).eval()
         loss_N = loop.validation_losses(self._objective, network, self._data, self._asked.batch_size)
