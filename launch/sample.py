@@ -56,7 +56,7 @@ def command(
 
     if (prompts is not None) + bool(starts or prompt is not None) != 1:
         raise UserError("give either a PROMPT, --image FILE, or both, or --prompts FILE")
-    texts = [prompt or "0"] * max(len(starts), 1)  # a run without classes has one label, 0
+    texts = ["0" if prompt is None else prompt] * max(len(starts), 1)  # a run without classes has one label, 0
     if prompts is not None:
         texts = [line.strip() for line in prompts.read_text().splitlines() if line.strip()]
     if not texts:
