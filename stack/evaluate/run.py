@@ -118,8 +118,10 @@ class Evaluator:
         self._data, self._objective = recipe.build(self._trained, self._device)
         self._tracker: Tracker | None = None
         objective = self._trained.objective
-        pixels = isinstance(objective, ClassToImageConfig) and objective.coupling.kind != "paired"
+        draws_classes = pixels = False
         if isinstance(objective, ClassToImageConfig):
+            draws_classes = objective.coupling.kind != "paired"
+            pixels = draws_classes and objective.autoencoder is None
             self._how = configuration.load(PreviewConfig, objective.preview.model_dump(), asked.sampling)
             self._how.check(objective)
             check_guidance(self._how, objective)
@@ -135,7 +137,7 @@ class Evaluator:
             raise UserError(f"{run}: no samples are held out to take bits a dimension of; see data.validation_share")
         self._inception: Inception | None = None
         self._clip: ClipScore | None = None
-        if pixels and asked.samples and not (asked.scenes or asked.clip):
+        if draws_classes and asked.samples and not (asked.scenes or asked.clip):
             assert isinstance(self._data, ImageDataset)
             self._compare_with(metrics.pixels(self._data, asked.batch_size))
         elif asked.scenes or asked.samples:
@@ -206,7 +208,7 @@ class Evaluator:
         if self._asked.nll.images:
             result |= self._likelihood(network)
         if self._asked.samples and isinstance(self._objective, ClassToImage):
-            result |= self._classes(step, network, snap.metadata)
+            result |= self._classes(step, network)
         elif self._asked.scenes or self._asked.samples:
             values = {key: value for key, value in snap.metadata["sampling"].items() if key != "size"}
             config = configuration.load(SamplerConfig, values, self._asked.sampling)
@@ -257,14 +259,15 @@ class Evaluator:
             result["ddpm_bound"] = float(torch.cat(bounds)[: asked.images].mean())
         return result
 
-    def _classes(self, step: int, network: nn.Module, metadata: dict[str, Any]) -> dict[str, Any]:
+    def _classes(self, step: int, network: nn.Module) -> dict[str, Any]:
         """Of samples of all classes, which take turns."""
         objective, asked, how = self._trained.objective, self._asked, self._how
         assert isinstance(objective, ClassToImageConfig)
-        classifier = classifier_of(how, objective, metadata["channels"], self._device)
+        assert isinstance(self._objective, ClassToImage)
+        space = self._objective.space
+        classifier = classifier_of(how, objective, space.image_channels, self._device)
         labels = [row % max(objective.classes, 1) for row in range(asked.samples)]
-        (width, height), channels = metadata["sides"][0], metadata["channels"]
-        drawn = draw_classes(network, objective, labels, how, asked.seed, (channels, height, width), classifier)
+        drawn = draw_classes(network, objective, space, labels, how, asked.seed, classifier)
         return {**self._samples(step, drawn), "sampling": how.model_dump(mode="json")}
 
     def _samples(self, step: int, drawn: Iterable[tuple[Sequence[int], list[np.ndarray]]]) -> dict[str, Any]:

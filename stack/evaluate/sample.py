@@ -15,7 +15,7 @@ from stack.config import UserError, load
 from stack.data.images import DecodeError, to_pixels
 from stack.flow.draw import GuidedConfig
 from stack.flow.guidance import ClassifierFn
-from stack.flow.noise import Draws, NoisePlan
+from stack.flow.noise import NoisePlan
 from stack.flow.process import FlowConfig
 from stack.models import captioned
 from stack.models.captioned import CaptionNetwork
@@ -25,6 +25,7 @@ from stack.train import class_to_image
 from stack.train.class_to_image import ClassToImageConfig
 from stack.train.sampler import Sampler, SamplerConfig
 from stack.train.snapshot import Snapshot
+from stack.train.space import Space
 from stack.train.text_to_image import check_encoders
 
 BATCH = 64
@@ -65,7 +66,7 @@ def draw_labels(
     Raises UserError where the run has no such labels, begins with the other, or cannot be guided so.
     """
     device = dist.device()
-    network, config = class_to_image.of_snapshot(snap, device)
+    network, config, space = class_to_image.of_snapshot(snap, device)
     how = load(class_to_image.PreviewConfig, config.preview.model_dump(), sampling)
     how.check(config)
     class_to_image.check_guidance(how, config)
@@ -74,43 +75,38 @@ def draw_labels(
         raise UserError(f"{snap.path}: begins with {begins}")
     if wrong := [label for label in labels if not 0 <= label < max(config.classes, 1)]:
         raise UserError(f"label {wrong[0]}: {snap.path} has labels from 0 to {max(config.classes, 1) - 1}")
-    worse = None if weak is None else class_to_image.of_snapshot(weak, device)[0]
-    classifier = class_to_image.classifier_of(how, config, snap.metadata["channels"], device)
-    (width, height), channels = snap.metadata["sides"][0], snap.metadata["channels"]
-    first = [_pixels(path, (width, height), channels) for path in starts]
-    shape = (channels, height, width)
-    batches = draw_classes(network, config, labels, how, seed, shape, classifier, worse, first)
+    worse = None if weak is None else class_to_image.of_snapshot(weak, device).network
+    classifier = class_to_image.classifier_of(how, config, space.image_channels, device)
+    first = [_pixels(path, space.image_sides[0], space.image_channels) for path in starts]
+    batches = draw_classes(network, config, space, labels, how, seed, classifier, worse, first)
     return [image for _, images in batches for image in images]
 
 
 def draw_classes(
     network: nn.Module,
     config: ClassToImageConfig,
+    space: Space,
     labels: Sequence[int],
     how: GuidedConfig,
     seed: int,
-    shape: tuple[int, int, int],
     classifier: ClassifierFn | None = None,
     weak: nn.Module | None = None,
     starts: Sequence[Tensor] = (),
 ) -> Iterator[tuple[range, list[np.ndarray]]]:
     """Batches of (rows, images), as `draw`: image i of `seed` is of labels[i], on the networks' device.
 
-    shape: [C, H, W] of an image.  starts: what image i begins with, [C, H, W] each, instead of noise.
+    starts: the image that image i begins with, [C, H, W] in −1…1, instead of noise.
     """
     device = next(network.parameters()).device
     for start in range(0, len(labels), BATCH):
         rows = range(start, min(start + BATCH, len(labels)))
-        draws = NoisePlan(seed).at(0, rows)
-
-        def noise(stream: str, rows: range = rows, draws: Draws = draws) -> Tensor:
-            begins = stream == "noise" and len(starts) > 0
-            return (torch.stack([starts[row] for row in rows]) if begins else draws.normal(stream, shape)).to(device)
-
+        first_BCHW = torch.stack([starts[row] for row in rows]) if starts else None
+        noise = space.beginning(NoisePlan(seed).at(0, rows), device, first_BCHW)
         label_B = torch.tensor([labels[row] for row in rows], device=device)
         with torch.inference_mode():
-            image_BCHW = class_to_image.sample(network, config, label_B, noise, how, classifier, weak)
-        yield rows, list(to_uint8(image_BCHW.clamp(-1, 1).expand(-1, 3, -1, -1)).numpy())
+            x_BCHW = class_to_image.sample(network, config, label_B, noise, how, classifier, weak)
+            image_BCHW = space.leave(x_BCHW.float())
+        yield rows, list(to_uint8(image_BCHW.expand(-1, 3, -1, -1)).numpy())
 
 
 def _pixels(path: Path, side: tuple[int, int], channels: int) -> Tensor:

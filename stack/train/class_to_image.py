@@ -6,7 +6,7 @@ Shapes: B batch · C channels · H W height, width.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from PIL.Image import Image
@@ -29,6 +29,7 @@ from stack.train import snapshot
 from stack.train.classifier import load_classifier
 from stack.train.objective import Losses
 from stack.train.pictures import contact_sheet
+from stack.train.space import PAIRED, Space
 from stack.train.text_to_image import Probability
 
 
@@ -47,6 +48,8 @@ class ClassToImageConfig(FlowConfig):
     """Labels run from 0 to classes − 1; 0: no labels, an unconditional model."""
     dropout: Probability = 0.1
     """Share of the samples whose label is dropped, for classifier-free guidance (arXiv 2207.12598)."""
+    autoencoder: str | None = None
+    """Frozen, a folder or hub id: the flow is of its latents, into which each batch is encoded, instead of pixels."""
     preview: PreviewConfig = PreviewConfig()
 
 
@@ -56,10 +59,10 @@ class ClassToImage:
     def __init__(self, config: ClassToImageConfig, data: ImageDataset, seed: int, device: torch.device):
         _check(config, data)
         self._config, self._batch_size, self._device = config, data.config.batch_size, device
-        self._channels, self._sides = data.channels, list(data.sides)
-        network = labelled.build(config.model, self._channels, self._sides, config.classes, seed)
+        self.space = Space(config.autoencoder, data.channels, data.sides, device)
+        network = labelled.build(config.model, self.space.channels, self.space.sides, config.classes, seed)
         self.network: nn.Module = network
-        self._classifier = classifier_of(config.preview, config, self._channels, device)
+        self._classifier = classifier_of(config.preview, config, data.channels, device)
         self._shown = next(iter(data.validation(config.preview.count)), None) if _paired(config) else None
         if _paired(config) and self._shown is None:
             raise UserError("objective.coupling.kind=paired is shown on held-out pairs, and there are none: raise "
@@ -69,11 +72,12 @@ class ClassToImage:
         none_B = torch.full((len(batch.keys),), self._config.classes, device=batch.image_BCHW.device)
         return batch.label_B if self._config.classes and batch.label_B is not None else none_B
 
-    def _end(self, batch: ImageBatch, draws: Draws, batch_size: int | None) -> Tensor:
-        """What stands at t = 1, [B, C, H, W]."""
+    def _ends(self, batch: ImageBatch, draws: Draws, batch_size: int | None) -> tuple[Tensor, Tensor]:
+        """What stands at t = 0 and at t = 1, [B, C, H, W] each."""
+        x0_BCHW = self.space.enter(batch.image_BCHW, draws)
         if batch.paired_BCHW is not None:
-            return batch.paired_BCHW
-        return self._config.coupling.noise(batch.image_BCHW, draws, batch_size)
+            return x0_BCHW, self.space.enter(batch.paired_BCHW, draws, PAIRED)
+        return x0_BCHW, self._config.coupling.noise(x0_BCHW, draws, batch_size)
 
     def _loss_B(self, network: nn.Module, example: Example, label_B: Tensor) -> Tensor:
         scaled = example.x_t * self._config.input_scale(example.t_B, example.x_t)
@@ -84,19 +88,18 @@ class ClassToImage:
         t_B = config.times(draws, self._batch_size).to(device)
         dropped_B = (draws.uniform("keep_label") < config.dropout).to(device)
         label_B = self._label_B(batch).masked_fill(dropped_B, config.classes)
-        example = config.example(batch.image_BCHW, self._end(batch, draws, self._batch_size), t_B)
+        example = config.example(*self._ends(batch, draws, self._batch_size), t_B)
         loss_B = self._loss_B(network, example, label_B)
         return Losses(loss_B.mean(), by_time=(loss_B, t_B))
 
     def validate(self, network: nn.Module, batch: ImageBatch, draws: Draws) -> Tensor:
-        end_BCHW = self._end(batch, draws, None)
-        example = self._config.validation_example(batch.image_BCHW, end_BCHW, batch.positions)
+        example = self._config.validation_example(*self._ends(batch, draws, None), batch.positions)
         return self._loss_B(network, example, self._label_B(batch))
 
     def bits_per_dim(
         self, network: nn.Module, batch: ImageBatch, draws: Draws, how: LikelihoodConfig, num_steps: int
     ) -> Bits:
-        """Of the batch's images under their labels, see `stack.flow.likelihood.bits_per_dim`."""
+        """Of the batch's images under their labels, see `stack.flow.likelihood.bits_per_dim`. Of pixels only."""
         config, velocity = self._config, self._config.velocity_fn(self._predictor(network, batch))
         return bits_per_dim(velocity, config.path, batch.image_BCHW, config.grid(num_steps), draws, how)
 
@@ -114,33 +117,29 @@ class ClassToImage:
 
     def preview(self, network: nn.Module) -> Image:
         """Samples, a column a class as far as there is room; of paired data each under the image it begins with."""
-        config, (width, height) = self._config, self._sides[0]
+        config, space = self._config, self.space
         if self._shown is not None:
             starts, label_B = self._shown.paired_BCHW, self._label_B(self._shown)
         else:
             starts, label_B = None, torch.arange(config.preview.count) % max(config.classes, 1)
-        shape = (self._channels, height, width) if starts is None else tuple(starts.shape[1:])
-        draws = NoisePlan(config.preview.seed).at(0, range(len(label_B)))
-
-        def noise(stream: str) -> Tensor:
-            drawn = starts if stream == "noise" and starts is not None else draws.normal(stream, shape)
-            return drawn.to(self._device)
-
-        image_BCHW = sample(network, config, label_B.to(self._device), noise, config.preview, self._classifier)
+        noise = space.beginning(NoisePlan(config.preview.seed).at(0, range(len(label_B))), self._device, starts)
+        x_BCHW = sample(network, config, label_B.to(self._device), noise, config.preview, self._classifier)
+        image_BCHW = space.leave(x_BCHW.float())
         columns = min(config.classes or 8, 10)
         if starts is not None:
             columns = min(len(starts), 8)
             rows = zip(starts.split(columns), image_BCHW.cpu().split(columns), strict=True)
             image_BCHW = torch.cat([half for row in rows for half in row])
-        pixels = to_uint8(image_BCHW.float().clamp(-1, 1).expand(-1, 3, -1, -1))
+        pixels = to_uint8(image_BCHW.expand(-1, 3, -1, -1))
         return contact_sheet(list(pixels.numpy()), columns=columns, cell=64)
 
     def metadata(self) -> dict[str, Any]:
         return {
             "kind": self._config.kind,
             "objective": self._config.model_dump(mode="json"),
-            "channels": self._channels,
-            "sides": self._sides,
+            "channels": self.space.image_channels,
+            "sides": self.space.image_sides,
+            **({"encoders": {"autoencoder": self.space.autoencoder}} if self.space.autoencoder else {}),
         }
 
 
@@ -193,6 +192,8 @@ def check_guidance(how: PreviewConfig, config: ClassToImageConfig) -> None:
             f"guidance.scale={how.guidance.scale} needs labels, and some of them dropped: objective.classes is "
             f"{config.classes}, objective.dropout {config.dropout}"
         )
+    if how.guidance.classifier != 0 and config.autoencoder is not None:
+        raise UserError("guidance.classifier looks at pixels, and objective.autoencoder makes this a flow of latents")
     if how.guidance.classifier != 0 and how.classifier is None:
         raise UserError("guidance.classifier needs a classifier's run: name it in `classifier`, beside `guidance`")
 
@@ -206,10 +207,10 @@ def sample(
     classifier: ClassifierFn | None = None,
     weak: nn.Module | None = None,
 ) -> Tensor:
-    """Images of the labels, [B, C, H, W] in about −1…1.
+    """Images of the labels, or their latents, [B, C, H, W]; `Space.leave` makes pixels of both.
 
-    noise: as of `stack.flow.draw.draw`, of the images' shape; its stream "noise" is what sampling starts from, and of
-    paired data the second images.  classifier, weak: what guidance.classifier and guidance.autoguidance scale.
+    noise: as of `stack.flow.draw.draw`, and as `Space.beginning` gives it.  classifier, weak: what guidance.classifier
+    and guidance.autoguidance scale.
     Raises UserError where guidance asks for what is not there.
     """
     none_B = torch.full_like(label_B, config.classes)
@@ -224,20 +225,31 @@ def sample(
     return draw(config, guided, noise, how)
 
 
-def load(run: Path, device: torch.device, step: int | None = None) -> tuple[LabelNetwork, ClassToImageConfig]:
-    """The averaged network of snapshot `step` (default: the newest), and its objective.
+class Trained(NamedTuple):
+    """A run's averaged network, its objective, and what its flow is of."""
 
-    Raises UserError where `run` has none, or is of another kind.
+    network: LabelNetwork
+    config: ClassToImageConfig
+    space: Space
+
+
+def load(run: Path, device: torch.device, step: int | None = None) -> Trained:
+    """Of snapshot `step` (default: the newest).
+
+    Raises UserError where `run` has none, is of another kind, or its autoencoder is another one now.
     """
     return of_snapshot(snapshot.read(run, step), device)
 
 
-def of_snapshot(snap: snapshot.Snapshot, device: torch.device) -> tuple[LabelNetwork, ClassToImageConfig]:
+def of_snapshot(snap: snapshot.Snapshot, device: torch.device) -> Trained:
     """As `load`."""
     if snap.metadata["kind"] != "class_to_image":
         raise UserError(f"{snap.path}: a run of kind {snap.metadata['kind']!r} has no network that draws classes")
     config = validate(ClassToImageConfig, snap.metadata["objective"], str(snap.path))
     sides = [(width, height) for width, height in snap.metadata["sides"]]
-    network = labelled.build(config.model, snap.metadata["channels"], sides, config.classes, seed=0)
+    space = Space(config.autoencoder, snap.metadata["channels"], sides, device)
+    if space.autoencoder != snap.metadata.get("encoders", {}).get("autoencoder"):
+        raise UserError(f"{config.autoencoder}: not the autoencoder with which {snap.path} was trained")
+    network = labelled.build(config.model, space.channels, space.sides, config.classes, seed=0)
     network.load_state_dict(snap.weights)
-    return network.to(device).eval(), config
+    return Trained(network.to(device).eval(), config, space)

@@ -218,7 +218,7 @@ def test_a_training_learns_the_classes_and_its_snapshot_draws_them(recipe, tmp_p
     run = tmp_path / "run"
     done = mmdit("train", recipe(run))
     assert done.returncode == 0, done.stderr
-    network, config = load(run, CPU)
+    network, config, _ = load(run, CPU)
     with torch.inference_mode():
         label_B = torch.arange(16) % 2
         image = sample(network, config, label_B, normal(16), PreviewConfig(solver="heun"))
@@ -282,7 +282,7 @@ def test_ddpms_bound_is_above_what_the_density_says(recipe, tmp_path, mmdit):
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["bits_per_dim"] < found["ddpm_bound"] < 30
-    network, config = load(run, CPU)
+    network, config, _ = load(run, CPU)
     made = ImageDataset(configuration.load(TrainConfig, run / "config.yaml").data, 0)
     batch = next(made.validation(12))
     with torch.inference_mode():
