@@ -19,7 +19,8 @@ from launch.sampling import options
     "starts",
     multiple=True,
     type=click.Path(path_type=Path),
-    help="Begin with this image, where the run leads from images; several make a grid. PROMPT is then a label for all.",
+    help="Begin with this image, cut to the first bucket, where the run leads from images; several make a grid."
+    " PROMPT is then a label for all.",
 )
 @options
 @click.option("--seed", default=0, show_default=True)
@@ -58,7 +59,10 @@ def command(
         raise UserError("give either a PROMPT, --image FILE, or both, or --prompts FILE")
     texts = ["0" if prompt is None else prompt] * max(len(starts), 1)  # a run without classes has one label, 0
     if prompts is not None:
-        texts = [line.strip() for line in prompts.read_text().splitlines() if line.strip()]
+        try:
+            texts = [line.strip() for line in prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
+        except UnicodeDecodeError:
+            raise UserError(f"{prompts}: not a text in UTF-8") from None
     if not texts:
         raise UserError(f"{prompts}: holds no prompt")
     snap, worse = snapshot.read(run, step), None if weak is None else snapshot.read(run, weak)

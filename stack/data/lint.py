@@ -78,13 +78,17 @@ def lint(
     urls = find_shards(source)
     sets = {parent: _EncodedSet(parent) for parent in dict.fromkeys(map(_parent, urls))}
     tasks = [sets[_parent(url)].task(url, folder, cache) for url in urls]
-    hashes = []
+    hashes, captioned = [], {}
     for url, report in zip(urls, _run(tasks), strict=True):
         yield from report.problems
         hashes.append(report.hashes)
+        captioned[url] = report.captioned
         sets[_parent(url)].found(url, report)
         if progress is not None:
             progress(len(report.hashes), report.size)
+    if True in captioned.values():
+        silent = [url for url, found in captioned.items() if found is False]
+        yield from (Problem(redact(url), "", "no captions: other shards have them") for url in silent)
     yield from _duplicates(urls, hashes, cache)
     named = str(source).removeprefix("file://").rstrip("/") or "/"
     for parent, one in sets.items():
@@ -113,6 +117,8 @@ class _Report(NamedTuple):
     encoded: bool
     hashes: np.ndarray
     """uint64 of each usable sample's key, in the index's order."""
+    captioned: bool | None = None
+    """Whether raw samples have a KEY.txt; None where there are none of them."""
 
 
 def _run(tasks: list[_Task]) -> Iterator[_Report]:
@@ -143,7 +149,8 @@ def _lint_shard(task: _Task) -> _Report:
         reasons += [(index.key(row), reason) for reason in _sample(index, row, reader, task.contract)]
     reader.close()
     problems = [Problem(where, key, reason) for key, reason in reasons]
-    return _Report(problems, index.size, index.encoded, _hashes(index.keys))
+    captioned = "txt" in index.extensions if len(index) and set(IMAGE_EXTENSIONS) & set(index.extensions) else None
+    return _Report(problems, index.size, index.encoded, _hashes(index.keys), captioned)
 
 
 def _index(url: str, cache: ShardCache | None) -> ShardIndex:

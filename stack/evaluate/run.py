@@ -64,6 +64,12 @@ class NllConfig(LikelihoodConfig):
     bound: bool = False
     """DDPM's variational bound beside it, which asks the network once a step of the path."""
 
+    @model_validator(mode="after")
+    def _bounds_images(self) -> NllConfig:
+        if self.bound and not self.images:
+            raise ValueError("bound is of images: give their number, --nll N")
+        return self
+
 
 class EvaluationConfig(Config):
     """What is measured. Paths are local: nothing is fetched."""
@@ -76,7 +82,7 @@ class EvaluationConfig(Config):
     inception: Path | None = None
     """InceptionV3's weights: FID and KID of the samples."""
     reference: Path | None = None
-    """Folder of images that they are compared with; else the held-out images, of latents as they are decoded."""
+    """Folder of images that they are compared with; else the held-out images, of pre-encoded data as decoded."""
     clip: Path | None = None
     """Folder of a CLIP as open_clip saves it: CLIP score of the samples."""
     nll: NllConfig = NllConfig()
@@ -118,28 +124,23 @@ class Evaluator:
         self._data, self._objective = recipe.build(self._trained, self._device)
         self._tracker: Tracker | None = None
         objective = self._trained.objective
-        draws_classes = pixels = False
+        classes = pixels = False
         if isinstance(objective, ClassToImageConfig):
-            draws_classes = objective.coupling.kind != "paired"
-            pixels = draws_classes and objective.autoencoder is None
+            classes = objective.coupling.kind != "paired"
+            pixels = classes and objective.autoencoder is None
             self._how = configuration.load(PreviewConfig, objective.preview.model_dump(), asked.sampling)
-            self._how.check(objective)
-            check_guidance(self._how, objective)
         else:
             configuration.load(SamplerConfig, {}, asked.sampling)
         if asked.nll.images and not pixels:
-            raise UserError(
-                f"{run}: a run of kind {objective.kind!r} has no bits a dimension: noise made pixels has them"
-            )
+            raise UserError(f"{run}: has no bits a dimension: a class_to_image from noise to pixels has them")
         if asked.nll.bound and not (isinstance(objective, ClassToImageConfig) and objective.path.kind == "ddpm"):
             raise UserError(f"{run}: nll.bound is of a model of pixels with path.kind=ddpm")
         if asked.nll.images and next(iter(self._data.validation(1)), None) is None:
             raise UserError(f"{run}: no samples are held out to take bits a dimension of; see data.validation_share")
         self._inception: Inception | None = None
         self._clip: ClipScore | None = None
-        if draws_classes and asked.samples and not (asked.scenes or asked.clip):
-            assert isinstance(self._data, ImageDataset)
-            self._compare_with(metrics.pixels(self._data, asked.batch_size))
+        if classes and asked.samples and not (asked.scenes or asked.clip):
+            self._prepare_classes()
         elif asked.scenes or asked.samples:
             if not isinstance(objective, TextToImageConfig):
                 raise UserError(f"{run}: a run of kind {objective.kind!r} does not draw images from prompts")
@@ -159,6 +160,17 @@ class Evaluator:
         )
         if len(self._reference_ND) < 2:
             raise UserError(f"inception: {asked.reference or 'the held-out share'} has too few images to compare with")
+
+    def _prepare_classes(self) -> None:
+        config, how = self._trained.objective, self._how
+        assert isinstance(config, ClassToImageConfig)
+        assert isinstance(self._data, ImageDataset)
+        how.check(config)
+        check_guidance(how, config)
+        if how.guidance.autoguidance != 1:
+            raise UserError("guidance.autoguidance: an evaluation has no weaker network to be guided by")
+        self._classifier = classifier_of(how, config, self._data.channels, self._device)
+        self._compare_with(metrics.pixels(self._data, self._asked.batch_size))
 
     def _prepare_prompts(self, count: int) -> None:
         asked, data = self._asked, self._data
@@ -195,12 +207,12 @@ class Evaluator:
         expected = self._objective.metadata().get("encoders")
         if snap.metadata.get("encoders") != expected:
             raise UserError(f"{snap.path}: trained with encoders {snap.metadata.get('encoders')}, found {expected}")
-        try:
-            self._objective.network.load_state_dict(snap.weights)
-        except RuntimeError:
-            changed = ", ".join(self._settings["overrides"]) or self.run / "config.yaml"
-            raise UserError(f"{snap.path}: not the weights of the model that is configured with {changed}") from None
         network = self._objective.network.to(self._device).eval()
+        wanted, found = ({k: x.shape for k, x in one.items()} for one in (network.state_dict(), snap.weights))
+        if wanted != found:
+            changed = ", ".join(self._settings["overrides"]) or self.run / "config.yaml"
+            raise UserError(f"{snap.path}: not the weights of the model that is configured with {changed}")
+        network.load_state_dict(snap.weights)
         loss_N = loop.validation_losses(self._objective, network, self._data, self._asked.batch_size)
         result: dict[str, Any] = {"step": step, "val_loss": float(loss_N.mean())}
         if isinstance(self._objective, TextToImage | ClassToImage):
@@ -264,10 +276,8 @@ class Evaluator:
         objective, asked, how = self._trained.objective, self._asked, self._how
         assert isinstance(objective, ClassToImageConfig)
         assert isinstance(self._objective, ClassToImage)
-        space = self._objective.space
-        classifier = classifier_of(how, objective, space.image_channels, self._device)
         labels = [row % max(objective.classes, 1) for row in range(asked.samples)]
-        drawn = draw_classes(network, objective, space, labels, how, asked.seed, classifier)
+        drawn = draw_classes(network, objective, self._objective.space, labels, how, asked.seed, self._classifier)
         return {**self._samples(step, drawn), "sampling": how.model_dump(mode="json")}
 
     def _samples(self, step: int, drawn: Iterable[tuple[Sequence[int], list[np.ndarray]]]) -> dict[str, Any]:

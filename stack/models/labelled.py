@@ -33,7 +33,7 @@ def build(
         if len({side for both in sides for side in both}) > 1:
             shown = ", ".join(f"{width}×{height}" for width, height in sides)
             raise UserError(
-                "objective.model.kind=dit takes square images of one size, data.buckets has "
+                "objective.model.kind=dit takes squares of one size, and data.buckets makes them "
                 f"{shown}: set data.buckets.max_ratio=1, or take kind=unet"
             )
         return DiT(config, channels, sides[0][0], num_classes)

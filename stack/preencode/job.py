@@ -26,13 +26,14 @@ from stack.config import Config, UserError
 from stack.data import mlperf
 from stack.data.buckets import BucketConfig, histogram
 from stack.data.dataset import say_damage
+from stack.data.index import ShardIndex
 from stack.data.remote import CacheConfig, ShardCache, is_remote
 from stack.data.safety import Rejected, check_budget, entry
 from stack.data.schema import DTYPES, MANIFEST, Manifest, ShardRecord, T5Dtype, load_manifest, text_tensors, to_bytes
 from stack.data.shards import ShardReader, ShardSet, index_shards, unique_names
 from stack.files import publish
 from stack.log import progress, say
-from stack.preencode.pipeline import CHUNK_BATCHES, Encoders, compute_dtype, overlapped, read_samples
+from stack.preencode.pipeline import CHUNK_BATCHES, Encoders, compute_dtype, no_caption, overlapped, read_samples
 from stack.preencode.writer import ShardWriter, stats_path
 from stack.shown import redact
 from stack.text.encoders import TextConfig, TextEncoders, fingerprints
@@ -116,9 +117,9 @@ def _work(config: PreencodeConfig, source: ShardSet, reader: ShardReader, target
     known = {number: stats for number, target in enumerate(targets) if (stats := _stats(target, mark)) is not None}
     _check_budget(config, source, known)
     total = source.num_samples + sum(len(index.rejected) for index in source.indices)
+    expected = [len(_foreseen(config, source.index(number))) for number in range(len(targets))]
     num_broken = sum(
-        len(_broken(known[number]["rejected"])) if number in known else len(index.rejected)
-        for number, index in enumerate(source.indices)
+        len(_broken(known[number]["rejected"])) if number in known else count for number, count in enumerate(expected)
     )
     encoders = Encoders(config)
     if any(mlperf.EXTENSIONS[0] in index.extensions for index in source.indices):
@@ -140,7 +141,7 @@ def _work(config: PreencodeConfig, source: ShardSet, reader: ShardReader, target
                     if mine and (stats := _stats(target, mark)) is not None:
                         known[number] = stats
                         del left[number]
-                        num_broken += len(_broken(stats["rejected"])) - len(source.indices[number].rejected)
+                        num_broken += len(_broken(stats["rejected"])) - expected[number]
                         if num_broken > config.max_rejected * total:  # all shards are walked through once, to say so
                             _check_budget(config, source, known)
             if left and len(left) == before:
@@ -158,7 +159,7 @@ def _check_budget(config: PreencodeConfig, source: ShardSet, known: dict[int, di
     """UserError where too many samples are broken, which rejected.jsonl then lists. known: stats of finished shards."""
     listed: list[dict[str, str]] = []
     for number, index in enumerate(source.indices):
-        of_index = [entry(index.name, *rejected) for rejected in index.rejected]
+        of_index = [entry(index.name, *rejected) for rejected in _foreseen(config, source.index(number))]
         listed += known[number]["rejected"] if number in known else of_index
     broken = _broken(listed)
     total = source.num_samples + sum(len(index.rejected) for index in source.indices)
@@ -167,6 +168,13 @@ def _check_budget(config: PreencodeConfig, source: ShardSet, known: dict[int, di
     except UserError as error:
         _write_rejected(config, listed)
         raise UserError(f"{error}; {config.out / 'rejected.jsonl'} lists them") from None
+
+
+def _foreseen(config: PreencodeConfig, index: ShardIndex) -> list[Rejected]:
+    """What the index knows already to be left out of a shard."""
+    place = next(iter(config.captions.values()))
+    silent = np.flatnonzero(index.caption_length[:, 0] < 0).tolist() if place == "txt" else []
+    return [*index.rejected, *(Rejected(index.key(row), no_caption(place)) for row in silent)]
 
 
 def _broken(listed: list[dict[str, str]]) -> list[Rejected]:

@@ -137,8 +137,8 @@ def read_samples(
         try:
             if index.has(row, mlperf.EXTENSIONS[0]):
                 return _ready(reader, shard, row, bucket, side)
-            pixels = to_bucket(decode_image(reader.read(shard, row, index.image_extension(row))), side)
             captions = _captions(config.captions, reader, shard, row)
+            pixels = to_bucket(decode_image(reader.read(shard, row, index.image_extension(row))), side)
         except DecodeError as error:
             return Rejected(key, str(error))
         _, (left, top, *_) = fit(width, height, side)
@@ -187,8 +187,13 @@ def _captions(places: dict[str, str], reader: ShardReader, shard: int, row: int)
             text = value.strip().encode("utf-8", "surrogatepass") if isinstance(value, str) else b""
             captions.append(read_caption(text) if text else None)
     if captions[0] is None:
-        raise DecodeError(f"no caption: {next(iter(places.values()))} is missing")
+        raise DecodeError(no_caption(next(iter(places.values()))))
     return captions
+
+
+def no_caption(place: str) -> str:
+    """Why a sample is left out whose first caption is not at `place`."""
+    return f"no caption: {place} is missing"
 
 
 def overlapped(items: Iterator[Item], encoders: Encoders, chunk_size: int) -> Iterator[list[Outcome]]:

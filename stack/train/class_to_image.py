@@ -1,4 +1,4 @@
-"""Images from class labels, in pixels: a DiT or a U-Net on any objective of `stack.flow.process`.
+"""Images from class labels, in pixels or latents: a DiT or a U-Net on any objective of `stack.flow.process`.
 
 Shapes: B batch · C channels · H W height, width.
 """

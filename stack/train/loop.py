@@ -59,7 +59,10 @@ def train(config: TrainConfig) -> bool:
         checkpoints.check_space(engine, ema)
         _write_config(run, config)
 
+        encoders = objective.metadata().get("encoders")
         if state is not None:
+            if state.get("encoders", encoders) != encoders:
+                raise UserError(f"{run}: began with another autoencoder or text encoder than is there now")
             checkpoints.load(state, engine, ema)
             say(f"{run}: going on after step {state['step']}")
         start = state["step"] if state else 0
@@ -112,6 +115,7 @@ def train(config: TrainConfig) -> bool:
                         kept: dict[str, Any] = {"samples": done * size, "sums": dist.all_gather(sums.state())}
                         kept |= {"skipped": guard.skipped, "in_a_row": guard.in_a_row, "wandb": metrics.run_id}
                         kept |= {"engine": config.parallel.engine, "zero_stage": config.parallel.zero_stage}
+                        kept |= {"encoders": encoders}
                         checkpoints.save(done, engine, ema, {**kept, "config": configuration.fingerprint(config)})
                 watchdog.beat()
                 if stop and done < total:

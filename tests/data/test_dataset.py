@@ -164,6 +164,8 @@ def test_captions_may_stand_in_json_alone(stage, tmp_path, mmdit):
     assert (load_manifest(out).samples, load_manifest(out).rejected) == (30, 0)
     out = preencode(stage, mmdit, tmp_path / "txt", f"source={source}", "max_rejected=1")
     assert (load_manifest(out).samples, load_manifest(out).rejected) == (1, 29)
+    done = mmdit("preencode", stage.folder / "preencode.yaml", f"out={tmp_path / 'few'}", f"source={source}")
+    assert (done.returncode, "29 of 30 samples are broken (29 × no caption)" in done.stderr) == (2, True)
     assert "no caption: txt is missing" in (out / "rejected.jsonl").read_text()
 
 

@@ -115,6 +115,14 @@ def test_every_problem_of_raw_shards_is_found(tmp_path: Path) -> None:
     assert not list(folder.glob("*index*")), "nothing is written"
 
 
+def test_shards_without_captions_among_others_are_named(tmp_path: Path) -> None:
+    silent = {"a.png": _image()}
+    _write(tmp_path / "00000.tar", silent)
+    assert _found(tmp_path) == []
+    _write(tmp_path / "00001.tar", _sample("b"))
+    assert _found(tmp_path) == [("00000.tar", "", "no captions")]
+
+
 def test_what_the_index_alone_refuses_is_listed_first(tmp_path: Path) -> None:
     _write(tmp_path / "a.tar", _sample("a", "jpg", _image()), {"b.png": _image(), "b.txt": b""})
     assert [str(problem) for problem in lint(tmp_path)] == [

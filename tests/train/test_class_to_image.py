@@ -182,7 +182,7 @@ def test_pairs_begin_with_their_second_image(objective, dataset, labelled):
         ({"paired": "paired"}, {}, "give both or neither"),
         ({"paired": "paired"}, {"coupling": {"kind": "paired"}, "path": {"kind": "vp"}}, "takes it for normal"),
         ({"paired": "paired"}, {"coupling": {"kind": "paired"}, "prediction": "score"}, "takes it for normal"),
-        ({"buckets": {"resolution": 32}}, {}, r"kind=dit takes square images .* 32×32, 40×24, 24×40"),
+        ({"buckets": {"resolution": 32}}, {}, r"kind=dit takes squares of one size.* 32×32, 40×24, 24×40"),
         ({}, {"model": {**DIT, "patch_size": 3}}, r"images of 8×8 do not divide into objective\.model\.patch_size=3"),
     ],
 )

@@ -101,7 +101,9 @@ def test_a_training_in_latents_draws_pixels(recipe, stage, mmdit, tmp_path, hist
 def test_another_autoencoder_is_refused(recipe, stage, mmdit, tmp_path):
     copy = tmp_path / "codec"
     shutil.copytree(stage.codec, copy)
-    assert mmdit("train", recipe("run", autoencoder=str(copy))).returncode == 0
+    config = recipe("run", autoencoder=str(copy))
+    assert mmdit("train", config).returncode == 0
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "00000004")
     (weights,) = copy.glob("*.safetensors")
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
@@ -109,6 +111,8 @@ def test_another_autoencoder_is_refused(recipe, stage, mmdit, tmp_path):
     for command in (("sample", tmp_path / "run", "1"), ("evaluate", tmp_path / "run")):
         done = mmdit(*command)
         assert (done.returncode, "autoencoder" in done.stderr, "trained" in done.stderr) == (2, True, True), done.stderr
+    done = mmdit("train", config)
+    assert (done.returncode, "began with another autoencoder" in done.stderr) == (2, True), done.stderr
     assert snapshot.read(tmp_path / "run").metadata["sides"] == [[64, 64]]
 
 
