@@ -138,7 +138,7 @@ def test_sizes_that_do_not_fit_are_named(schema, values, message):
 def test_images_that_a_dit_does_not_take():
     with pytest.raises(UserError, match=r"images of 9×9 do not divide into objective\.model\.patch_size=2"):
         build(DIT, 1, [(9, 9)], 10, seed=0)
-    with pytest.raises(UserError, match=r"square images of one size, data\.buckets has 8×8, 16×8"):
+    with pytest.raises(UserError, match=r"squares of one size, and data\.buckets makes them 8×8, 16×8"):
         build(DIT, 1, [(8, 8), (16, 8)], 10, seed=0)
 
 
