@@ -70,8 +70,8 @@ run() {
             sleep 1
             kill -USR1 "$step" 2>/dev/null || true
         fi
-        while kill -0 "$step" 2>/dev/null; do # a signal ends `wait` before the step has ended
-            wait "$step" || true
+        while kill -0 "$step" 2>/dev/null; do # a `wait` that a signal interrupts may lose the step's exit code
+            sleep 1
         done
         code=0
         wait "$step" || code=$?

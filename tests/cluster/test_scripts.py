@@ -23,7 +23,7 @@ echo "srun $*" >>"$CALLS"
 env | grep -E '^(OMP_NUM_THREADS|MALLOC_)' | sort >"$CALLS.env"
 read -r code <"$ENDS"
 sed -i 1d "$ENDS"
-case $code in 2 | 85 | 138) echo "$code 0" >"$MMDIT_FIRST_EXIT" && exit 143 ;; esac
+case $code in 2 | 85) echo "$code 0" >"$MMDIT_FIRST_EXIT" && exit 143 ;; esac
 exit "$code"
 """
 SCONTROL = """#!/usr/bin/env bash
