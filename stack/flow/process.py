@@ -33,7 +33,7 @@ NetworkFn = Callable[[Tensor, Tensor], Tensor]
 """(x [B, …], t [B]) → [B, …]."""
 
 MARGIN = 1e-3
-"""How far sampling stays from an end of the path where there is nothing of the data, or of the noise, to be said."""
+"""How far times stay from an end without noise, where x or a score says nothing of the noise and elbo is infinite."""
 
 MAX_RATIO, FIRST_RATIO = 200.0, 50.0
 """An error of ε̂ is b/a times as large in x̂_0. On a path that goes beyond MAX_RATIO, where DDPM's ends with b/a = 157,
