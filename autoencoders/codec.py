@@ -39,8 +39,8 @@ def draw(moments: Moments, noise_BCHW: Tensor, affine: Affine) -> Tensor:
 
 
 def to_uint8(image_BCHW: Tensor) -> Tensor:
-    """Images in −1…1 as uint8 [B, H, W, 3], on the CPU."""
-    return ((image_BCHW.float() + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu()
+    """Images in −1…1, in colour or grey, as uint8 [B, H, W, 3], on the CPU."""
+    return ((image_BCHW.expand(-1, 3, -1, -1).float() + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu()
 
 
 class Codec(nn.Module):

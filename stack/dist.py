@@ -84,6 +84,11 @@ def device() -> torch.device:
     return torch.device("cpu")
 
 
+def frozen_dtype(device: torch.device) -> torch.dtype:
+    """What networks that are not trained compute in."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
 def barrier() -> None:
     if world_size() > 1:
         tdist.barrier()

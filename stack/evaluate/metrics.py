@@ -64,7 +64,7 @@ def decoded(data: LatentDataset, codec: Codec, batch_size: int) -> Iterator[np.n
 def pixels(data: ImageDataset, batch_size: int) -> Iterator[np.ndarray]:
     """The held-out images as a model of pixels sees them, uint8 [H, W, 3]."""
     for batch in data.validation(batch_size):
-        yield from to_uint8(batch.image_BCHW.expand(-1, 3, -1, -1)).numpy()
+        yield from to_uint8(batch.image_BCHW).numpy()
 
 
 def images_in(folder: Path) -> Iterator[np.ndarray]:

@@ -106,7 +106,7 @@ def draw_classes(
         with torch.inference_mode():
             x_BCHW = class_to_image.sample(network, config, label_B, noise, how, classifier, weak)
             image_BCHW = space.leave(x_BCHW.float())
-        yield rows, list(to_uint8(image_BCHW.expand(-1, 3, -1, -1)).numpy())
+        yield rows, list(to_uint8(image_BCHW).numpy())
 
 
 def _pixels(path: Path, side: tuple[int, int], channels: int) -> Tensor:

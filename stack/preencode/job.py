@@ -21,6 +21,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt, field_validator
 
 from autoencoders.codec import Codec, fingerprint
 from stack import config as configuration
+from stack import dist
 from stack.claims import Claims, owners, sweep
 from stack.config import Config, UserError
 from stack.data import mlperf
@@ -33,7 +34,7 @@ from stack.data.schema import DTYPES, MANIFEST, Manifest, ShardRecord, T5Dtype, 
 from stack.data.shards import ShardReader, ShardSet, index_shards, unique_names
 from stack.files import publish
 from stack.log import progress, say
-from stack.preencode.pipeline import CHUNK_BATCHES, Encoders, compute_dtype, no_caption, overlapped, read_samples
+from stack.preencode.pipeline import CHUNK_BATCHES, Encoders, no_caption, overlapped, read_samples
 from stack.preencode.writer import ShardWriter, stats_path
 from stack.shown import redact
 from stack.text.encoders import TextConfig, TextEncoders, fingerprints
@@ -96,7 +97,7 @@ def preencode(config: PreencodeConfig) -> Manifest:
     for index, target in zip(source.indices, targets, strict=True):
         if not is_remote(index.url) and Path(index.url).resolve() == target.resolve():
             raise UserError(f"out: {config.out} is the folder of the source shards, which would be overwritten")
-    mark = mark_of(config, source, encoder_fingerprints(config), compute_dtype())
+    mark = mark_of(config, source, encoder_fingerprints(config), dist.frozen_dtype(dist.device()))
     _refuse_other_shards(config.out, mark)
     finished = [_stats(target, mark) is not None for target in targets]
     if not all(finished):

@@ -47,16 +47,12 @@ Item = Raw | Rejected
 Outcome = tuple[Raw, EncodedSample] | Rejected
 
 
-def compute_dtype() -> torch.dtype:
-    return torch.bfloat16 if dist.device().type == "cuda" else torch.float32
-
-
 class Encoders:
     """The frozen networks, on this process's device. seconds: spent inside them so far."""
 
     def __init__(self, config: PreencodeConfig):
         self.device = dist.device()
-        self.dtype = compute_dtype()
+        self.dtype = dist.frozen_dtype(self.device)
         self.codec = Codec.load(config.autoencoder, self.dtype).to(self.device)
         self.text = TextEncoders(config.text, self.device, self.dtype)
         self.rule = config.buckets.rule()

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
+from stack import dist
 from stack.config import UserError
 from stack.data.remote import ShardCache
 from stack.data.safety import Rejected
@@ -20,7 +21,7 @@ from stack.data.schema import DTYPES, load_manifest, sample_to_bytes
 from stack.data.shards import ShardReader, ShardSet, index_shards
 from stack.log import progress
 from stack.preencode.job import PreencodeConfig, encoder_fingerprints, mark_of, read_stats
-from stack.preencode.pipeline import Encoders, Item, Outcome, compute_dtype, read_samples
+from stack.preencode.pipeline import Encoders, Item, Outcome, read_samples
 from stack.preencode.writer import stats_path
 
 _TOKENS = ("t5", "clip_l", "clip_g")  # of which each row is one token
@@ -75,7 +76,9 @@ def verify(config: PreencodeConfig, count: int) -> Verified:
     source = ShardSet(index_shards(config.source, config.index, cache))
     stored = ShardSet(index_shards(config.out))
     manifest.check_shards(str(config.out), {index.name: (len(index), index.sha256) for index in stored.indices})
-    noise = max(_NOISE[compute] for compute in (_computed_in(config, source, fingerprints), compute_dtype()))
+    noise = max(
+        _NOISE[compute] for compute in (_computed_in(config, source, fingerprints), dist.frozen_dtype(dist.device()))
+    )
     count = min(count, stored.num_samples)
     chosen = [(2 * at + 1) * stored.num_samples // (2 * count) for at in range(count)]
     encoders, reader, result = Encoders(config), ShardReader(stored.indices), Verified(count)

@@ -130,8 +130,7 @@ class ClassToImage:
             columns = min(len(starts), 8)
             rows = zip(starts.split(columns), image_BCHW.cpu().split(columns), strict=True)
             image_BCHW = torch.cat([half for row in rows for half in row])
-        pixels = to_uint8(image_BCHW.expand(-1, 3, -1, -1))
-        return contact_sheet(list(pixels.numpy()), columns=columns, cell=64)
+        return contact_sheet(list(to_uint8(image_BCHW).numpy()), columns=columns, cell=64)
 
     def metadata(self) -> dict[str, Any]:
         return {

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from autoencoders import codec
 from autoencoders.codec import Codec, Moments
+from stack import dist
 from stack.config import UserError
 from stack.flow.noise import Draws
 from stack.flow.samplers import NoiseFn
@@ -32,8 +33,7 @@ class Space:
         self.image_channels = channels
         if autoencoder is None:
             return
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32  # as pre-encoding has it
-        self._codec = Codec.load(autoencoder, dtype).to(device)
+        self._codec = Codec.load(autoencoder, dist.frozen_dtype(device)).to(device)
         self.autoencoder, factor = codec.fingerprint(autoencoder), self._codec.factor
         if channels != 3:
             raise UserError(f"objective.autoencoder takes images in colour, and data.channels is {channels}")
