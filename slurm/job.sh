@@ -18,13 +18,15 @@ say() {
     echo "$(date +%FT%T) $SLURM_JOB_NAME $job: $1"
 }
 
-# A job that was cancelled, or that Slurm itself requeues, is left alone.
+# A job that was cancelled, or that Slurm itself requeues, is left alone, and so is its next life: Slurm starts it beside
+# what is left of this one on a node that it had lost sight of.
 requeue_if_running() {
-    local known
+    local known said=''
     for _ in {1..6}; do # slurmctld may be busy, or away for a moment
         if known=$(scontrol show job "$job" --oneliner); then
-            [[ $known == *' JobState=RUNNING '* ]] || return 0
-            say "$1: requeued"
+            [[ $known == *' JobState=RUNNING '* && $known == *" Restarts=${SLURM_RESTART_COUNT:-0} "* ]] || return 0
+            [ "$said" ] || say "$1: requeued" # before it is: a job that is requeued is ended
+            said=1
             scontrol requeue "$job" && return 0
         fi
         sleep 10

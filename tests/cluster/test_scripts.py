@@ -28,7 +28,7 @@ exit "$code"
 """
 SCONTROL = """#!/usr/bin/env bash
 echo "scontrol $*" >>"$CALLS"
-[ "$1" = show ] && echo "JobId=7 JobState=$STATE Reason=None"
+[ "$1" = show ] && echo "JobId=7 JobState=$STATE Reason=None Requeue=1 Restarts=$RESTARTS BatchFlag=1"
 exit 0
 """
 
@@ -63,14 +63,15 @@ def batch(tmp_path):
     (repository / ".venv" / "bin").mkdir(parents=True)
     (repository / ".venv" / "bin" / "activate").touch()
 
-    def run(name, *arguments, ends=(0,), state="RUNNING", **variables):
+    def run(name, *arguments, ends=(0,), state="RUNNING", restarts=0, **variables):
         spooled = tmp_path / "slurm_script"  # sbatch runs a copy
         shutil.copy(ROOT / "slurm" / f"{name}.sh", spooled)
         calls, codes = tmp_path / "calls", tmp_path / "ends"
         codes.write_text("".join(f"{code}\n" for code in ends))
         calls.touch()
         environment = {key: os.environ[key] for key in ("HOME", "LANG") if key in os.environ}
-        environment |= {"PATH": f"{bin}:{os.environ['PATH']}", "CALLS": str(calls), "ENDS": str(codes), "STATE": state}
+        environment |= {"PATH": f"{bin}:{os.environ['PATH']}", "CALLS": str(calls), "ENDS": str(codes)}
+        environment |= {"STATE": state, "RESTARTS": str(restarts)}
         environment |= {"SLURM_SUBMIT_DIR": str(repository), "SLURM_JOB_ID": "7", "SLURM_JOB_NAME": name}
         environment |= {"SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "n[1-2]", **variables}
         done = subprocess.run(
@@ -131,6 +132,22 @@ def test_a_job_that_slurm_ended_is_left_alone(batch, state):
     done, calls = batch("train_mmdit", ends=[85], state=state)
     assert done.returncode == 85
     assert calls[1:] == ["scontrol show job 7 --oneliner"]
+
+
+def test_a_life_that_slurm_lost_sight_of_leaves_the_next_one_alone(batch):
+    _, calls = batch("train_mmdit", ends=[85], restarts=2, SLURM_RESTART_COUNT="1")
+    assert calls[1:] == ["scontrol show job 7 --oneliner"]
+    _, calls = batch("train_mmdit", ends=[85], restarts=2, SLURM_RESTART_COUNT="2")
+    assert calls[-1] == "scontrol requeue 7"
+
+
+def test_a_requeue_that_slurm_did_not_hear_is_asked_for_again(batch, tmp_path):
+    (tmp_path / "bin" / "sleep").symlink_to("/bin/true")
+    deaf_once = '[ "$1" = requeue ] && mkdir "$CALLS.asked" 2>/dev/null && exit 1\nexit 0'
+    (tmp_path / "bin" / "scontrol").write_text(SCONTROL.replace("exit 0", deaf_once))
+    done, calls = batch("train_mmdit", ends=[85])
+    assert calls[1:] == ["scontrol show job 7 --oneliner", "scontrol requeue 7"] * 2
+    assert done.stdout.count("requeued") == 1
 
 
 def test_a_failure_is_tried_again(batch):

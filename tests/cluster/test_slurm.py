@@ -186,7 +186,7 @@ def test_a_disturbed_job_ends_with_the_same_losses(stage, submit, history, undis
         assert int(job.shown()["Restarts"]) >= restarts, f"{disturb.__name__}: {job.logs()}"
     assert int(job.completed()["Restarts"]) >= 4  # more where a busy machine lets Slurm lose sight of a node by itself
     logs = job.logs()
-    assert logs.count("exit code 85: requeued") == 2  # signalled and preempted
+    assert logs.count("exit code 85: requeued") == 2, logs  # signalled and preempted
     assert "again (1 of 3)" in logs
     assert logs.count("going on after step") >= 5
     assert history(run) == undisturbed
