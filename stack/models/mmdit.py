@@ -119,8 +119,8 @@ class Heads(nn.Module):
         self.norm_q = RMSNorm(config.head_size) if config.qk_norm else None
         self.norm_k = RMSNorm(config.head_size) if config.qk_norm else None
 
-    def forward(self, qkv_BND: Tensor, rotation: Rotation | None) -> QKV:
-        q, k, v = qkv_BND.unflatten(-1, (3, -1, self.head_size)).unbind(-3)
+    def forward(self, q_BND: Tensor, k_BND: Tensor, v_BND: Tensor, rotation: Rotation | None) -> QKV:
+        q, k, v = (x_BND.unflatten(-1, (-1, self.head_size)) for x_BND in (q_BND, k_BND, v_BND))
         if self.norm_q is not None and self.norm_k is not None:
             return QKV(self.norm_q(q, rotation), self.norm_k(k, rotation), v)
         return QKV(q, k, v) if rotation is None else QKV(rotate(q, rotation), rotate(k, rotation), v)
@@ -135,7 +135,7 @@ class Projection(nn.Module):
         self.heads = Heads(config)
 
     def forward(self, x_BND: Tensor, rotation: Rotation | None) -> QKV:
-        return self.heads(self.linear(x_BND), rotation)
+        return self.heads(*self.linear(x_BND).chunk(3, dim=-1), rotation)
 
 
 class ImageAttention(nn.Module):
@@ -241,7 +241,7 @@ class SingleBlock(Block):
     def __init__(self, config: MMDiTConfig) -> None:
         super().__init__()
         width, hidden = config.width, config.mlp_ratio * config.width
-        self.sizes = (3 * width, hidden)
+        self.sizes = (width, width, width, hidden)
         self.modulation = Modulation(width, 3)
         self.inner = Linear(width, 3 * width + hidden)
         self.heads = Heads(config)
@@ -252,9 +252,8 @@ class SingleBlock(Block):
 
     def _run(self, x_BSD: Tensor, vec_BD: Tensor, layout: Layout, rotation: Rotation | None) -> Tensor:
         shift, scale, gate = layout.for_joint(self.modulation(vec_BD)).chunk(3, dim=-1)
-        qkv, hidden = self.inner(modulated_norm(x_BSD, shift, scale)).split(self.sizes, dim=-1)
-        q, k, v = self.heads(qkv, rotation)
-        attended = attend(q, k, v, layout).flatten(-2)
+        *qkv, hidden = self.inner(modulated_norm(x_BSD, shift, scale)).split(self.sizes, dim=-1)
+        attended = attend(*self.heads(*qkv, rotation), layout).flatten(-2)
         both = torch.cat([attended, F.gelu(hidden, approximate="tanh")], dim=-1)
         return gated_residual(x_BSD, gate, self.outer(both))
 
