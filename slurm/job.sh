@@ -29,7 +29,7 @@ requeue_if_running() {
             said=1
             scontrol requeue "$job" && return 0
         fi
-        sleep 10
+        sleep 10 || true
     done
     say "$1: Slurm does not answer, so it is not requeued"
 }
@@ -69,11 +69,11 @@ run() {
         "${srun[@]}" python -m launch.cli "$@" &
         step=$!
         if [ "$signalled" ]; then # it came between two steps; srun is deaf at first
-            sleep 1
+            sleep 1 || true
             kill -USR1 "$step" 2>/dev/null || true
         fi
         while kill -0 "$step" 2>/dev/null; do # a `wait` that a signal interrupts may lose the step's exit code
-            sleep 1
+            sleep 1 || true # killed where all processes of this script are signalled
         done
         code=0
         wait "$step" || code=$?

@@ -85,7 +85,7 @@ def device() -> torch.device:
 
 
 def frozen_dtype(device: torch.device) -> torch.dtype:
-    """What networks that are not trained compute in."""
+    """What frozen networks compute in that see every sample: in pre-encoding, or as the autoencoder of a training."""
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 

@@ -1,8 +1,8 @@
 """The index of one shard: where each member stands, how large the image and how long the captions are.
 
-A shard is a tar of samples in WebDataset's layout, KEY.EXTENSION, either raw (an image and its .txt) or pre-encoded
-(.safetensors). With its index nobody opens the tar again to plan an epoch. Samples are joined by key inside one shard,
-never by their order, so an image cannot meet the caption of another sample, however the shard is damaged.
+A shard is a tar of samples in WebDataset's layout, KEY.EXTENSION, either raw (an image, mostly with its .txt) or
+pre-encoded (.safetensors). With its index nobody opens the tar again to plan an epoch. Samples are joined by key inside
+one shard, never by their order, so an image cannot meet the caption of another sample, however the shard is damaged.
 
 The file is a safetensors of columns, which can be mapped into memory and cannot run code; an .npz can only be read as a
 whole. Its header alone tells counts and sizes, so ten thousand shards are planned without reading their columns.
@@ -53,7 +53,7 @@ class ShardIndex:
     change in nanoseconds; what a store says, see `stack.data.remote.Stat`).
     width, height: int32 [n]; upright pixels of a raw sample's image, cells of a pre-encoded one's latent.
     caption_length: int32 [n, captions]; characters of a raw sample's caption, text tokens of a pre-encoded one's
-    captions, −1 for a caption that a sample lacks: only pre-encoding wants one.
+    captions, −1 for a caption that a sample lacks.
     by_hash: uint32 [n]; rows by the crc32 of their keys.
     sizes: (width, height) → samples, None if there are too many different ones.
     digest: sha256 of keys, captions and where the members stand.  sha256: of a pre-encoded shard's file, else "".

@@ -41,9 +41,8 @@ from stack.train import loop, recipe, snapshot
 from stack.train.class_to_image import (
     ClassToImage,
     ClassToImageConfig,
-    PreviewConfig,
-    check_guidance,
     classifier_of,
+    sampling_of,
 )
 from stack.train.pictures import contact_sheet
 from stack.train.recipe import TrainConfig
@@ -128,7 +127,7 @@ class Evaluator:
         if isinstance(objective, ClassToImageConfig):
             classes = objective.coupling.kind != "paired"
             pixels = classes and objective.autoencoder is None
-            self._how = configuration.load(PreviewConfig, objective.preview.model_dump(), asked.sampling)
+            self._how = sampling_of(objective, asked.sampling)
         else:
             configuration.load(SamplerConfig, {}, asked.sampling)
         if asked.nll.images and not pixels:
@@ -142,6 +141,8 @@ class Evaluator:
         if classes and asked.samples and not (asked.scenes or asked.clip):
             self._prepare_classes()
         elif asked.scenes or asked.samples:
+            if isinstance(objective, ClassToImageConfig) and not classes:
+                raise UserError(f"{run}: begins with images, and FID and KID are of runs that begin with noise")
             if not isinstance(objective, TextToImageConfig):
                 raise UserError(f"{run}: a run of kind {objective.kind!r} does not draw images from prompts")
             self._text = objective.text
@@ -165,8 +166,6 @@ class Evaluator:
         config, how = self._trained.objective, self._how
         assert isinstance(config, ClassToImageConfig)
         assert isinstance(self._data, ImageDataset)
-        how.check(config)
-        check_guidance(how, config)
         if how.guidance.autoguidance != 1:
             raise UserError("guidance.autoguidance: an evaluation has no weaker network to be guided by")
         self._classifier = classifier_of(how, config, self._data.channels, self._device)
@@ -278,7 +277,7 @@ class Evaluator:
         assert isinstance(self._objective, ClassToImage)
         labels = [row % max(objective.classes, 1) for row in range(asked.samples)]
         drawn = draw_classes(network, objective, self._objective.space, labels, how, asked.seed, self._classifier)
-        return {**self._samples(step, drawn), "sampling": how.model_dump(mode="json")}
+        return {**self._samples(step, drawn), "sampling": how.model_dump(mode="json", exclude={"count", "seed"})}
 
     def _samples(self, step: int, drawn: Iterable[tuple[Sequence[int], list[np.ndarray]]]) -> dict[str, Any]:
         features: list[torch.Tensor] = []

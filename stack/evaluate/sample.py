@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from autoencoders.codec import Codec, to_uint8
 from stack import dist
-from stack.config import UserError, load
+from stack.config import UserError
 from stack.data.images import DecodeError, to_pixels
 from stack.flow.draw import GuidedConfig
 from stack.flow.guidance import ClassifierFn
@@ -67,9 +67,7 @@ def draw_labels(
     """
     device = dist.device()
     network, config, space = class_to_image.of_snapshot(snap, device)
-    how = load(class_to_image.PreviewConfig, config.preview.model_dump(), sampling)
-    how.check(config)
-    class_to_image.check_guidance(how, config)
+    how = class_to_image.sampling_of(config, sampling)
     if (config.coupling.kind == "paired") != bool(starts):
         begins = "noise, not with images" if starts else "images, not with noise: name them with --image"
         raise UserError(f"{snap.path}: begins with {begins}")

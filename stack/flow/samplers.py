@@ -101,7 +101,7 @@ def predictor_corrector(
         x = _reverse_step(fn, x, t, s, path, noise(f"step{step}"))
         now, then = _at(path, t), _at(path, s)
         delta = 2 * (now.a / then.a * snr * then.b) ** 2
-        for correction in range(corrections if then.b > 0 else 0):
+        for correction in range(corrections if now.a > 0 and then.b > 0 else 0):
             z = noise(f"step{step}/correction{correction}")
             x = x + delta * _score(fn, x, s, then) + (2 * delta).sqrt() * z
         _append(keep, x)

@@ -160,8 +160,10 @@ def _check_budget(config: PreencodeConfig, source: ShardSet, known: dict[int, di
     """UserError where too many samples are broken, which rejected.jsonl then lists. known: stats of finished shards."""
     listed: list[dict[str, str]] = []
     for number, index in enumerate(source.indices):
-        of_index = [entry(index.name, *rejected) for rejected in _foreseen(config, source.index(number))]
-        listed += known[number]["rejected"] if number in known else of_index
+        if number in known:
+            listed += known[number]["rejected"]
+        else:
+            listed += [entry(index.name, *rejected) for rejected in _foreseen(config, source.index(number))]
     broken = _broken(listed)
     total = source.num_samples + sum(len(index.rejected) for index in source.indices)
     try:
@@ -172,10 +174,13 @@ def _check_budget(config: PreencodeConfig, source: ShardSet, known: dict[int, di
 
 
 def _foreseen(config: PreencodeConfig, index: ShardIndex) -> list[Rejected]:
-    """What the index knows already to be left out of a shard."""
+    """What the index knows already to be broken in a shard. An image that is too small is not: it is left out."""
     place = next(iter(config.captions.values()))
-    silent = np.flatnonzero(index.caption_length[:, 0] < 0).tolist() if place == "txt" else []
-    return [*index.rejected, *(Rejected(index.key(row), no_caption(place)) for row in silent)]
+    if place != "txt":
+        return index.rejected
+    silent = (index.caption_length[:, 0] < 0) & (np.minimum(index.width, index.height) >= config.min_side)
+    rows = np.flatnonzero(silent).tolist()
+    return [*index.rejected, *(Rejected(index.key(row), no_caption(place)) for row in rows)]
 
 
 def _broken(listed: list[dict[str, str]]) -> list[Rejected]:

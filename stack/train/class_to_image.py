@@ -5,6 +5,7 @@ Shapes: B batch · C channels · H W height, width.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -14,6 +15,7 @@ from pydantic import NonNegativeInt, PositiveInt
 from torch import Tensor, nn
 
 from autoencoders.codec import to_uint8
+from stack import config as configuration
 from stack.config import UserError, validate
 from stack.data.dataset import ImageBatch, ImageDataset
 from stack.flow.draw import GuidedConfig, draw
@@ -238,6 +240,16 @@ def load(run: Path, device: torch.device, step: int | None = None) -> Trained:
     Raises UserError where `run` has none, is of another kind, or its autoencoder is another one now.
     """
     return of_snapshot(snapshot.read(run, step), device)
+
+
+def sampling_of(config: ClassToImageConfig, overrides: Sequence[str]) -> PreviewConfig:
+    """The run's preview with dotted overrides; UserError where those do not fit, or name what a command says itself."""
+    how = configuration.load(PreviewConfig, config.preview.model_dump(), overrides)
+    if (how.count, how.seed) != (config.preview.count, config.preview.seed):
+        raise UserError("count and seed are of the training's sheet: this command has its own options for them")
+    how.check(config)
+    check_guidance(how, config)
+    return how
 
 
 def of_snapshot(snap: snapshot.Snapshot, device: torch.device) -> Trained:

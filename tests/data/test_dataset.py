@@ -167,6 +167,10 @@ def test_captions_may_stand_in_json_alone(stage, tmp_path, mmdit):
     done = mmdit("preencode", stage.folder / "preencode.yaml", f"out={tmp_path / 'few'}", f"source={source}")
     assert (done.returncode, "29 of 30 samples are broken (29 × no caption)" in done.stderr) == (2, True)
     assert "no caption: txt is missing" in (out / "rejected.jsonl").read_text()
+    small = (f"out={tmp_path / 'small'}", f"source={source}", "min_side=64")
+    done = mmdit("preencode", stage.folder / "preencode.yaml", *small)
+    assert "no caption" not in done.stderr  # images that are left out need none
+    assert "not one sample could be encoded" in done.stderr
 
 
 def test_float8_t5_has_half_the_bytes_and_the_same_direction(stage, tmp_path, mmdit):

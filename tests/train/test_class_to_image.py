@@ -16,6 +16,7 @@ from PIL import Image
 from webdataset import TarWriter
 
 from stack import config as configuration
+from stack import dist
 from stack.config import UserError
 from stack.data.dataset import ImageBatch, ImageData, ImageDataset
 from stack.flow.guidance import GuidanceConfig
@@ -282,9 +283,9 @@ def test_ddpms_bound_is_above_what_the_density_says(recipe, tmp_path, mmdit):
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["bits_per_dim"] < found["ddpm_bound"] < 30
-    network, config, _ = load(run, CPU)
+    network, config, _ = load(run, dist.device())
     made = ImageDataset(configuration.load(TrainConfig, run / "config.yaml").data, 0)
-    batch = next(made.validation(12))
+    batch = next(made.validation(12)).to(dist.device())
     with torch.inference_mode():
         fn = config.estimate_fn(config.predictor(lambda x, t: network(x, t, batch.label_B)))
         bound = ddpm_bound(fn, config.path, batch.image_BCHW, NoisePlan(0).at(0, batch.positions))

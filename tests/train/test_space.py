@@ -14,6 +14,7 @@ from PIL import Image
 
 from autoencoders import codec
 from autoencoders.codec import Codec, to_uint8
+from stack import dist
 from stack.config import UserError
 from stack.flow.noise import NoisePlan
 from stack.train import snapshot
@@ -67,8 +68,8 @@ def test_a_training_in_latents_draws_pixels(recipe, stage, mmdit, tmp_path, hist
     run, out = tmp_path / "run", tmp_path / "out.png"
     done = mmdit("train", recipe("run"))
     assert done.returncode == 0, done.stderr
-    network, config, space = load(run, CPU)
-    with torch.inference_mode():
+    network, config, space = load(run, dist.device())
+    with torch.inference_mode(), dist.device():
         found = network(torch.zeros(1, 4, 16, 16), torch.zeros(1), torch.zeros(1, dtype=torch.long))
     assert found.shape == (1, 4, 16, 16)
     sheet = Image.open(run / "samples" / "00000004.png")
@@ -77,13 +78,16 @@ def test_a_training_in_latents_draws_pixels(recipe, stage, mmdit, tmp_path, hist
     drawn = np.asarray(Image.open(out))
     assert drawn.shape == (64, 64, 3)
 
-    noise = space.beginning(NoisePlan(0).at(0, [0]), CPU)
+    noise = space.beginning(NoisePlan(0).at(0, [0]), dist.device())
     with torch.inference_mode():
         latent = sample(network, config, torch.tensor([3]), noise, config.preview)
         assert np.array_equal(to_uint8(space.leave(latent)).numpy()[0], drawn)
 
     done = mmdit("evaluate", run)
     assert done.returncode == 0, done.stderr
+    for command in (("sample", run, "3"), ("evaluate", run)):
+        done = mmdit(*command, "--set", "seed=7")
+        assert (done.returncode, "count and seed are of the training's sheet" in done.stderr) == (2, True), done.stderr
     done = mmdit("evaluate", run, "--nll", 4)
     assert (done.returncode, "has no bits a dimension" in done.stderr) == (2, True)
     done = mmdit("sample", run, "3", "--set", "guidance.classifier=1", "--set", "guidance.interval=[0,0.9]")
