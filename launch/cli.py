@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import faulthandler
 import importlib
 import os
 import sys
@@ -74,6 +75,7 @@ def main() -> None:
     from launch.environment import STOPPED, record_exit, set_defaults
 
     set_defaults()
+    faulthandler.enable()  # a shard that is cut while it is mapped ends the process by SIGBUS: say where it was read
     code = run()
     record_exit(code)
     if code in (0, STOPPED):

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import io
 import json
+import signal
+import subprocess
+import sys
 import tarfile
+from pathlib import Path
 
 import pytest
 import yaml
+
+ROOT = Path(__file__).parents[2]
 
 
 def refused(done, *says: str) -> None:
@@ -27,6 +33,28 @@ def rewrite(shard, out, change):
                 info = tarfile.TarInfo(member.name)
                 info.size = len(data)
                 target.addfile(info, io.BytesIO(data))
+
+
+CUT = """
+import mmap, sys
+from launch import cli
+def read():
+    with open(sys.argv[1], "r+b") as file, mmap.mmap(file.fileno(), 0) as shard:
+        file.truncate(0)
+        return shard[0]
+cli.run = read
+cli.main()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a mapped file cannot be cut")
+def test_a_file_that_is_cut_while_it_is_mapped_ends_where_one_can_see(tmp_path):
+    (tmp_path / "shard").write_bytes(bytes(10_000))
+    command = [sys.executable, "-c", CUT, tmp_path / "shard"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == -signal.SIGBUS
+    assert "Bus error" in done.stderr
+    assert "in read" in done.stderr
 
 
 def test_a_missing_configuration(mmdit, tmp_path):
