@@ -242,7 +242,8 @@ class EDM(_Exploding):
 
 def _variance_preserving(log_a: Tensor, rate: Tensor) -> Coefficients:
     """b = √(1 − a²), from ln a and its derivative."""
-    a, b = log_a.exp(), torch.sqrt(-torch.expm1(2 * log_a))
+    log_a = log_a.clamp(max=0)  # rounded, it may stand above 0 at t = 0
+    a, b = log_a.exp(), torch.expm1(2 * log_a).abs().sqrt()  # and −expm1(0) is −0
     return Coefficients(a, b, a * rate, -(a**2) * rate / b)
 
 

@@ -49,6 +49,16 @@ def test_what_the_span_ends_at(path: Path) -> None:
     assert ((ratio.b / ratio.a).diff() > 0).all()
 
 
+@pytest.mark.parametrize("path", PATHS, ids=str)
+def test_the_ends_themselves(path: Path) -> None:
+    """At t = 0 the rate of b may be infinite; no more is lost there."""
+    c = path.at(torch.tensor([0.0, 1.0]))
+    assert all(torch.isfinite(value).all() for value in (c.a, c.b, c.da))
+    assert not torch.signbit(torch.stack([c.a, c.b])).any()
+    assert c.a[0] == 1
+    assert (c.db > 0).all()
+
+
 @pytest.mark.parametrize("path", [VP(), Cosine(), DDPM()], ids=str)
 def test_variance_is_preserved(path: Path) -> None:
     c = path.at(torch.linspace(*path.span, 11, dtype=torch.float64))
