@@ -10,7 +10,7 @@ Shapes: t_B holds one time a sample; x_0, ε and x_t have shape [B, …].
 from __future__ import annotations
 
 import math
-from functools import cached_property
+from functools import lru_cache
 from typing import Annotated, ClassVar, Literal, NamedTuple
 
 import torch
@@ -160,40 +160,49 @@ class Cosine(Path):
 class DDPM(Path):
     """Variance preserving from a table of T rates β_n: ᾱ_n = Π(1 − β) stands at t = n/T, and ln ᾱ is linear between.
 
-    schedule: β evenly spaced (DDPM), or √β (Stable Diffusion's "scaled linear").
+    schedule: β evenly spaced from `beta_first` to `beta_last` (DDPM), √β so (Stable Diffusion's "scaled linear"), or of
+    `Cosine`'s a at the steps, β_n = min(1 − a_n²/a_{n−1}², 0.999) (arXiv 2102.09672, §3.2).
     """
 
     kind: Literal["ddpm"] = "ddpm"
     steps: PositiveInt = 1000
     beta_first: float = Field(default=1e-4, gt=0, lt=1)
     beta_last: float = Field(default=0.02, gt=0, lt=1)
-    schedule: Literal["linear", "scaled_linear"] = "linear"
+    schedule: Literal["linear", "scaled_linear", "cosine"] = "linear"
 
     @property
     def span(self) -> tuple[float, float]:
+        """From the first step on: between data and it, b' is infinite."""
         return 1 / self.steps, 1.0
 
     def admitted(self, t: Tensor) -> Tensor:
+        """⌈t·T⌉/T, and 1/T at 0."""
         step = (t.double() * self.steps - 1e-3).ceil().clamp(min=1)  # the margin leaves a float32 step as it is
         return (step / self.steps).to(t.dtype)
 
     def drawn(self, t: Tensor) -> Tensor:
+        """t − 1/(2T)."""
         return t - 0.5 / self.steps
 
-    @cached_property
-    def _log_a(self) -> Tensor:
-        """At t = 0, 1/T, …, 1."""
-        power = 1.0 if self.schedule == "linear" else 0.5
-        ends = self.beta_first**power, self.beta_last**power
-        beta = torch.linspace(*ends, self.steps, dtype=torch.float64) ** (1 / power)
-        return torch.cat([torch.zeros(1, dtype=torch.float64), torch.log1p(-beta).cumsum(0) / 2])
-
     def at(self, t: Tensor) -> Coefficients:
+        """From step n − 1 to n a' = T·½·ln(1 − β_n)·a; b' = −a·a'/b."""
         place = t.double() * self.steps
         before = place.ceil().long().clamp(1, self.steps) - 1
-        table = self._log_a.to(t.device)
+        table = _ddpm_log_a(self.steps, self.beta_first, self.beta_last, self.schedule).to(t.device)
         slope = table[before + 1] - table[before]
         return _variance_preserving(table[before] + slope * (place - before), slope * self.steps)
+
+
+@lru_cache
+def _ddpm_log_a(steps: int, beta_first: float, beta_last: float, schedule: str) -> Tensor:
+    """At t = 0, 1/T, …, 1. Not kept by the path, which is compared by its values."""
+    if schedule == "cosine":
+        a = Cosine().at(torch.arange(steps + 1, dtype=torch.float64) / steps).a
+        beta = (1 - (a[1:] / a[:-1]) ** 2).clamp(max=0.999)
+    else:
+        power = 1.0 if schedule == "linear" else 0.5
+        beta = torch.linspace(beta_first**power, beta_last**power, steps, dtype=torch.float64) ** (1 / power)
+    return torch.cat([torch.zeros(1, dtype=torch.float64), torch.log1p(-beta).cumsum(0) / 2])
 
 
 class _Exploding(Path):
