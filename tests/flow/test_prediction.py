@@ -53,9 +53,7 @@ def test_at_the_ends_data_and_noise_are_known_unless_the_prediction_says_nothing
 @pytest.mark.parametrize("t", [0.0, 1.0])
 def test_targets_at_the_ends_are_of_the_order_of_one(path: Path, prediction: Prediction, t: float) -> None:
     t_B = torch.full((5,), t, dtype=torch.float64)
-    expected = {
-        ("v", 0.0): EPS, ("eps", 0.0): EPS, ("edm", 0.0): -EPS, ("v", 1.0): -X0, ("eps", 1.0): EPS, ("edm", 1.0): 2 * X0,
-    }[prediction, t]  # fmt: skip
+    expected = {"v": (EPS, -X0), "eps": (EPS, EPS), "edm": (-EPS, 2 * X0)}[prediction][int(t)]
     found = target(prediction, path, X0, EPS, t_B)
     if path.explodes and prediction == "v":  # grows with b
         assert torch.isfinite(found).all()
