@@ -81,6 +81,8 @@ def dopri5(
     """
     from scipy.integrate import RK45 as table
 
+    if len(times) == 1:  # all that a discrete path of one step has
+        return x
     first, last = float(times[0]), float(times[-1])
     t = torch.full(x.shape[:1], first, dtype=torch.float64, device=x.device)
     h = torch.full_like(t, (last - first) / 100)
