@@ -82,6 +82,8 @@ class GuidanceConfig(Config):
     conditional one's. On variance-preserving paths the velocity is the paper's v times a factor of t."""
     apg: ApgConfig | None = None
     cfg_zero: CfgZeroConfig | None = None
+    batched: bool = True
+    """Whether both halves of classifier-free guidance are one call of the network; two take half the memory."""
 
     @model_validator(mode="after")
     def _check(self) -> GuidanceConfig:
@@ -119,13 +121,18 @@ def branches(
     condition: C,
     null: C,
     cat: Callable[[list[C]], C],
+    batched: bool = True,
 ) -> Branches:
-    """One network under a condition and without, both in one call of twice the batch.
+    """One network under a condition, D_y, and without, D_∅ (arXiv 2207.12598), each [B, …] as x.
 
-    network: (x, t [B], conditions of B samples) → its output. condition, null: of the samples that are drawn.
+    network: (x [B, …], t [B], conditions of B samples) → its output. condition, null: of the samples that are drawn.
     cat: joins batches of conditions to a larger one: `torch.cat` for labels, `Context.cat` for captions.
+    batched: whether both are one call of twice the batch.
     """
     of_one = flow.predictor(lambda x, t_B: network(x, t_B, condition))
+    if not batched:
+        of_null = flow.predictor(lambda x, t_B: network(x, t_B, null))
+        return Branches(of_one, lambda x, t_B: (of_null(x, t_B), of_one(x, t_B)))
     doubled = cat([null, condition])
     of_two = flow.predictor(lambda x, t_B: network(x, t_B, doubled))
 

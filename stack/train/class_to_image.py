@@ -219,7 +219,7 @@ def sample(
     def of(network: nn.Module) -> Branches:
         if not config.classes:
             return Branches(config.predictor(lambda x_BCHW, t_B: network(x_BCHW, t_B, none_B)))
-        return branches(config, network, label_B, none_B, torch.cat)
+        return branches(config, network, label_B, none_B, torch.cat, how.guidance.batched)
 
     gradient = None if classifier is None else classifier_gradient(classifier, label_B)
     guided = Guided(how.guidance, config, of(network), None if weak is None else of(weak).conditional, gradient)

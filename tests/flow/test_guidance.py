@@ -254,7 +254,7 @@ def captions(lengths: list[int], seed: int) -> Context:
 
 
 @pytest.mark.parametrize("lengths", [[5, 5, 5], [1, 3, 2]])
-def test_both_halves_of_a_text_model_in_one_call(lengths: list[int]) -> None:
+def test_both_halves_of_a_text_model_in_one_call_or_two(lengths: list[int]) -> None:
     model, flow = mmdit(), FlowConfig()
     calls = []
 
@@ -270,6 +270,10 @@ def test_both_halves_of_a_text_model_in_one_call(lengths: list[int]) -> None:
     v_cond, v_uncond = (model(latent, t_B, *context) for context in (cond, uncond))
     torch.testing.assert_close(found[0], v_cond, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(found[1], v_uncond + 4 * (v_cond - v_uncond), rtol=1e-9, atol=1e-9)
+    two = branches(flow, network, cond, uncond, Context.cat, batched=False)
+    in_two = Guided(GuidanceConfig(scale=4.0), flow, two)(latent, t_B)
+    assert calls[2:] == [3, 3]
+    torch.testing.assert_close(in_two, found[1], rtol=1e-9, atol=1e-9)
 
 
 def test_a_step_is_one_call_and_a_single_batch_outside_of_the_interval(mixture: Mixture) -> None:

@@ -273,6 +273,19 @@ def test_a_snapshot_is_drawn_and_judged_by_its_commands(recipe, tmp_path, mmdit)
     assert (done.returncode, "nll.bound is of a model of pixels with path.kind=ddpm" in done.stderr) == (2, True)
 
 
+def test_both_halves_of_guidance_are_one_call_or_two(objective):
+    made, sizes, images = objective(), [], []
+    made.network.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    for parameter in made.network.parameters():
+        parameter.data.normal_(std=0.3, generator=torch.Generator().manual_seed(parameter.numel()))
+    for batched in (True, False):
+        how = PreviewConfig(steps=2, guidance=GuidanceConfig(scale=3, batched=batched))
+        with torch.inference_mode():
+            images.append(sample(made.network, made._config, torch.tensor([0, 1]), normal(2), how))
+    assert sizes == [4, 4, 2, 2, 2, 2]
+    torch.testing.assert_close(*images, rtol=1e-4, atol=1e-4)
+
+
 def test_autoguidance_leads_away_from_the_snapshot_that_is_named(recipe, tmp_path, mmdit):
     run, images = tmp_path / "run", {}
     assert mmdit("train", recipe(run, schedule={"steps": 30}, snapshot={"every": 10})).returncode == 0
