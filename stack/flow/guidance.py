@@ -144,7 +144,8 @@ def branches(
 
 
 class Guided:
-    """The guided prediction (x [B, …], t [B]) → [B, …], of `flow.prediction`, for the samples of one batch.
+    """The guided prediction D (the module's equation, and what `config` changes of it), (x [B, …], t [B]) → [B, …], of
+    `flow.prediction`, for the samples of one batch.
 
     `weak` is autoguidance's network, an exact prediction of `flow.prediction` under the same condition; `gradient` is
     of `classifier_gradient`, and with it `branches` may be of a network that knows no condition at all.
@@ -271,7 +272,7 @@ class _Momentum:
 
 
 def classifier_gradient(classifier: ClassifierFn, label_B: Tensor) -> NetworkFn:
-    """(x, t [B]) → ∇_x log p(y | x_t), of the shape of x, for the classes `label_B` (integers [B]).
+    """(x [B, …], t [B]) → ∇_x log p(y | x_t) [B, …], for the classes y = `label_B`, integers [B] (arXiv 2105.05233).
 
     The classifier sees x_t as it is, and each sample by itself. Works under `torch.inference_mode` too.
     """
@@ -287,14 +288,16 @@ def classifier_gradient(classifier: ClassifierFn, label_B: Tensor) -> NetworkFn:
 
 
 def rescaled(guided: Tensor, conditional: Tensor, phi: float) -> Tensor:
-    """(φ·σ_y/σ + 1 − φ)·D (arXiv 2305.08891, eq. 15 and 16), σ the standard deviations within each sample."""
+    """(φ·σ_y/σ + 1 − φ)·D (arXiv 2305.08891, eq. 15 and 16), σ the standard deviations within each sample of D and D_y,
+    [B, …] each."""
     std_B, wanted_B = (y.flatten(1).std(1, correction=0) for y in (guided, conditional))
     ratio_B = wanted_B / std_B.clamp(min=torch.finfo(guided.dtype).tiny)
     return guided * per_sample(phi * ratio_B + 1 - phi, guided)
 
 
 def parallel(y: Tensor, onto: Tensor) -> Tensor:
-    """Each sample's projection ⟨y, u⟩·u onto the direction u of `onto`; what is left of y is orthogonal to it."""
+    """Each sample's projection ⟨y, u⟩·u onto the direction u of `onto`, [B, …] each (APG, arXiv 2410.02416); what is
+    left of y is orthogonal to it."""
     return optimal_scale(onto, y) * onto
 
 

@@ -56,7 +56,7 @@ def target_weights(prediction: Prediction, c: Coefficients, sigma_data: float = 
 def target(
     prediction: Prediction, path: Path, x0: Tensor, eps: Tensor, t_B: Tensor, sigma_data: float = SIGMA_DATA
 ) -> Tensor:
-    """y = p·x_0 + q·ε, what the network should say at x_t, of the shape of x_0. What counts 0 need not be finite."""
+    """y = p·x_0 + q·ε, what the network should say at x_t, [B, …] as x_0 and ε. What counts 0 need not be finite."""
     p, q = target_weights(prediction, path.at(t_B).like(x0), sigma_data)
     return (p * x0).masked_fill(p == 0, 0) + (q * eps).masked_fill(q == 0, 0)
 
