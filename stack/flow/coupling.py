@@ -37,11 +37,13 @@ class CouplingConfig(Config):
     """Of immiscible."""
 
     def noise(self, x0: Tensor, draws: Draws, batch_size: int | None) -> Tensor:
-        """ε for the samples of `draws`, in float32 on the device of x_0.
+        """ε [B, …] for the samples x_0 [B, …] of `draws`, in float32 on the device of x_0.
 
         batch_size: the global one; None in validation, where optimal_transport leaves each sample its own noise.
-        Raises UserError where optimal_transport does not see the whole batch.
+        Raises UserError where optimal_transport does not see the whole batch, ValueError for paired.
         """
+        if self.kind == "paired":
+            raise ValueError("coupling.kind=paired draws no noise: at t = 1 stands the second image of each sample")
         shape = tuple(x0.shape[1:])
         if self.kind == "immiscible":
             streams = [f"noise{i or ''}" for i in range(self.candidates)]
@@ -60,7 +62,8 @@ class CouplingConfig(Config):
 
 
 def assignment(x0: Tensor, eps: Tensor) -> Tensor:
-    """The permutation of ε of least Σ‖x_0 − ε‖², [B]: row i of x_0 goes with row `assignment[i]` of ε."""
+    """The permutation of ε [B, …] of least Σ‖x_0 − ε‖² (arXiv 2302.00482, §3.2.5), int64 [B]: row i of x_0 [B, …] goes
+    with row `assignment[i]` of ε."""
     from scipy.optimize import linear_sum_assignment
 
     cost_BB = torch.cdist(x0.flatten(1).double(), eps.flatten(1).double()).square()

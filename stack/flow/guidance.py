@@ -82,6 +82,8 @@ class GuidanceConfig(Config):
     conditional one's. On variance-preserving paths the velocity is the paper's v times a factor of t."""
     apg: ApgConfig | None = None
     cfg_zero: CfgZeroConfig | None = None
+    batched: bool = True
+    """Whether both halves of classifier-free guidance are one call of the network; two take half the memory."""
 
     @model_validator(mode="after")
     def _check(self) -> GuidanceConfig:
@@ -119,13 +121,18 @@ def branches(
     condition: C,
     null: C,
     cat: Callable[[list[C]], C],
+    batched: bool = True,
 ) -> Branches:
-    """One network under a condition and without, both in one call of twice the batch.
+    """One network under a condition, D_y, and without, D_∅ (arXiv 2207.12598), each [B, …] as x.
 
-    network: (x, t [B], conditions of B samples) → its output. condition, null: of the samples that are drawn.
+    network: (x [B, …], t [B], conditions of B samples) → its output. condition, null: of the samples that are drawn.
     cat: joins batches of conditions to a larger one: `torch.cat` for labels, `Context.cat` for captions.
+    batched: whether both are one call of twice the batch.
     """
     of_one = flow.predictor(lambda x, t_B: network(x, t_B, condition))
+    if not batched:
+        of_null = flow.predictor(lambda x, t_B: network(x, t_B, null))
+        return Branches(of_one, lambda x, t_B: (of_null(x, t_B), of_one(x, t_B)))
     doubled = cat([null, condition])
     of_two = flow.predictor(lambda x, t_B: network(x, t_B, doubled))
 
@@ -137,7 +144,8 @@ def branches(
 
 
 class Guided:
-    """The guided prediction (x [B, …], t [B]) → [B, …], of `flow.prediction`, for the samples of one batch.
+    """The guided prediction D (the module's equation, and what `config` changes of it), (x [B, …], t [B]) → [B, …], of
+    `flow.prediction`, for the samples of one batch.
 
     `weak` is autoguidance's network, an exact prediction of `flow.prediction` under the same condition; `gradient` is
     of `classifier_gradient`, and with it `branches` may be of a network that knows no condition at all.
@@ -264,7 +272,7 @@ class _Momentum:
 
 
 def classifier_gradient(classifier: ClassifierFn, label_B: Tensor) -> NetworkFn:
-    """(x, t [B]) → ∇_x log p(y | x_t), of the shape of x, for the classes `label_B` (integers [B]).
+    """(x [B, …], t [B]) → ∇_x log p(y | x_t) [B, …], for the classes y = `label_B`, integers [B] (arXiv 2105.05233).
 
     The classifier sees x_t as it is, and each sample by itself. Works under `torch.inference_mode` too.
     """
@@ -280,14 +288,16 @@ def classifier_gradient(classifier: ClassifierFn, label_B: Tensor) -> NetworkFn:
 
 
 def rescaled(guided: Tensor, conditional: Tensor, phi: float) -> Tensor:
-    """(φ·σ_y/σ + 1 − φ)·D (arXiv 2305.08891, eq. 15 and 16), σ the standard deviations within each sample."""
+    """(φ·σ_y/σ + 1 − φ)·D (arXiv 2305.08891, eq. 15 and 16), σ the standard deviations within each sample of D and D_y,
+    [B, …] each."""
     std_B, wanted_B = (y.flatten(1).std(1, correction=0) for y in (guided, conditional))
     ratio_B = wanted_B / std_B.clamp(min=torch.finfo(guided.dtype).tiny)
     return guided * per_sample(phi * ratio_B + 1 - phi, guided)
 
 
 def parallel(y: Tensor, onto: Tensor) -> Tensor:
-    """Each sample's projection ⟨y, u⟩·u onto the direction u of `onto`; what is left of y is orthogonal to it."""
+    """Each sample's projection ⟨y, u⟩·u onto the direction u of `onto`, [B, …] each (APG, arXiv 2410.02416); what is
+    left of y is orthogonal to it."""
     return optimal_scale(onto, y) * onto
 
 

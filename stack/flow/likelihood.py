@@ -65,7 +65,8 @@ class LikelihoodConfig(Config):
     probes: PositiveInt = 1
 
     def probe(self, draws: Draws, x: Tensor, stream: str) -> Tensor | None:
-        """Probes for the samples of `draws`, [P, B, …] like `x`; None for the exact trace."""
+        """Probes e for the samples of `draws`, [P, B, …] like `x`, with E[e·eᵀ] = 1: ±1 or normal (Hutchinson; FFJORD,
+        arXiv 1810.01367, §3.1). None for the exact trace."""
         if self.trace == "exact":
             return None
         shape = tuple(x.shape[1:])
@@ -124,7 +125,8 @@ def _quadratic_forms(velocity_fn: VelocityFn, x: Tensor, t_B: Tensor, probe: Ten
 
 
 def dequantized(x0: Tensor, levels: int, u: Tensor) -> Tensor:
-    """x_0 moved evenly within its bin: x_0 + Δ·(u − ½), Δ = 2/(levels − 1), for u in (0, 1) of its shape."""
+    """x_0 [B, …] moved evenly within its bin: x_0 + Δ·(u − ½), Δ = 2/(levels − 1), for u in (0, 1) of its shape (Theis
+    et al., arXiv 1511.01844, §3.1)."""
     return x0 + 2 / (levels - 1) * (u.to(x0) - 0.5)
 
 
@@ -228,7 +230,8 @@ def discretized_log_prob(x: Tensor, mean: Tensor, std: Tensor, levels: int) -> T
 
 
 def encode(velocity_fn: VelocityFn, path: Path, x0: Tensor, times: Tensor, solve: SolverFn = heun) -> Tensor:
-    """The noise ε of which sampling makes x_0 (Score SDE, §D.3; DDIM, arXiv 2010.02502, §5.4), [B, …] of its dtype.
+    """The noise ε = x(t_1)/b(t_1) of which sampling makes x_0 (Score SDE, arXiv 2011.13456, §D.3; DDIM, arXiv
+    2010.02502, §5.4), [B, …] of its dtype: dx/dt = v from x(t_0) = a(t_0)·x_0, with t_0 and t_1 the grid's ends.
 
     times: a sampler's grid, falling; it is walked from its end.
     """
@@ -237,7 +240,8 @@ def encode(velocity_fn: VelocityFn, path: Path, x0: Tensor, times: Tensor, solve
 
 
 def decode(velocity_fn: VelocityFn, path: Path, noise: Tensor, times: Tensor, solve: SolverFn = heun) -> Tensor:
-    """x_0 of noise ε, [B, …]: the inverse of `encode`, so without a last step of denoising where `times` ends early."""
+    """x_0 = x(t_0)/a(t_0) of noise ε, [B, …], dx/dt = v from x(t_1) = b(t_1)·ε (DDIM, arXiv 2010.02502, §5.4): the
+    inverse of `encode`, so without a last step of denoising where `times` ends early."""
     near, far = path.at(times[-1]), path.at(times[0])
     return solve(velocity_fn, float(far.b) * noise, times) / float(near.a)
 
@@ -246,8 +250,9 @@ def slerp(first: Tensor, second: Tensor, weights: Tensor) -> Tensor:
     """Noise between two noises along the great circle, [W, B, …], for noises [B, …] and weights [W] from 0 to 1.
 
     sin((1 − w)·θ)/sin θ·first + sin(w·θ)/sin θ·second, θ the angle between the two of each sample (Shoemake, SIGGRAPH
-    1985; DDIM, appendix D.5): norms stay those of noise, where the straight line's fall by up to √2. The line it is
-    where the two are parallel; opposite ones have no great circle of their own, and the result is meaningless.
+    1985; DDIM, arXiv 2010.02502, appendix D.5): norms stay those of noise, where the straight line's fall by up to √2.
+    The line it is where the two are parallel; opposite ones have no great circle of their own, and the result is
+    meaningless.
     """
     ends = torch.stack([first.flatten(1), second.flatten(1)]).double()
     cosine_B = torch.nn.functional.cosine_similarity(ends[0], ends[1], dim=1).clamp(-1, 1)

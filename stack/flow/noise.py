@@ -27,7 +27,8 @@ class NoisePlan:
 
 
 class Draws:
-    """Values for some samples of one step. A stream gives the same values whenever it is asked for."""
+    """Values for some samples of one step, by Philox (SC 2011): key hash(seed, stream), counter (step, position). A
+    stream gives the same values whenever it is asked for. One row a sample: [len(positions), …]."""
 
     def __init__(self, seed: int, step: int, positions: Sequence[int]) -> None:
         self.seed = seed

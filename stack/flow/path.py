@@ -10,7 +10,7 @@ Shapes: t_B holds one time a sample; x_0, ε and x_t have shape [B, …].
 from __future__ import annotations
 
 import math
-from functools import cached_property
+from functools import lru_cache
 from typing import Annotated, ClassVar, Literal, NamedTuple
 
 import torch
@@ -50,25 +50,26 @@ class Path(Config):
         return 0.0, 1.0
 
     def at(self, t: Tensor) -> Coefficients:
-        """Coefficients at times t in [0, 1], elementwise, in float64."""
+        """a, b, a' and b' at times t in [0, 1], of the shape of t, in float64."""
         raise NotImplementedError
 
     def admitted(self, t: Tensor) -> Tensor:
-        """Where a network is trained, validated, and a grid goes, instead of `t`: the same, or a discrete path's next
-        step."""
+        """Where a network is trained, validated, and a grid goes, instead of `t`, of its shape: the same, or a discrete
+        path's next step."""
         return t
 
     def drawn(self, t: Tensor) -> Tensor:
-        """The middle of the times that are `admitted` as `t`."""
+        """The middle of the times that are `admitted` as `t`, of its shape."""
         return t
 
     def noised(self, x0: Tensor, eps: Tensor, t_B: Tensor) -> Tensor:
-        """x_t."""
+        """x_t = a·x_0 + b·ε, [B, …] as x_0 and ε, at t_B [B]."""
         c = self.at(t_B).like(x0)
         return c.a * x0 + c.b * eps
 
     def time_of(self, sigma: Tensor) -> Tensor:
-        """t with b/a = `sigma`, the noise-to-data ratio, elementwise, in float64; clamped to the path's ends."""
+        """t with b(t)/a(t) = σ, the noise-to-data ratio (EDM, arXiv 2206.00364), of the shape of `sigma`, in float64;
+        clamped to the path's ends."""
         low, high = (torch.full_like(sigma, end, dtype=torch.float64) for end in (0.0, 1.0))
         for _ in range(53):  # halves the interval until float64 is used up
             middle = (low + high) / 2
@@ -84,6 +85,7 @@ class Linear(Path):
     kind: Literal["linear"] = "linear"
 
     def at(self, t: Tensor) -> Coefficients:
+        """a' = −1, b' = 1."""
         t = t.double()
         one = torch.ones_like(t)
         return Coefficients(1 - t, t, -one, one)
@@ -96,6 +98,7 @@ class Conical(Path):
     sigma_min: float = Field(default=1e-4, ge=0, lt=1)
 
     def at(self, t: Tensor) -> Coefficients:
+        """a' = −1, b' = 1 − σ."""
         t = t.double()
         one = torch.ones_like(t)
         return Coefficients(1 - t, self.sigma_min + (1 - self.sigma_min) * t, -one, (1 - self.sigma_min) * one)
@@ -109,9 +112,11 @@ class _LinearBeta(Path):
 
     @property
     def span(self) -> tuple[float, float]:
-        return 1e-3, 1.0  # as in the paper's appendix C: the rate of b is infinite at 0
+        """From Score SDE's ε = 1e-3 (appendix C) on: the rate of VP's b is infinite at 0."""
+        return 1e-3, 1.0
 
     def beta(self, t: Tensor) -> Tensor:
+        """β(t) (Score SDE, appendix C), of the shape of t."""
         return self.beta_0 + t * (self.beta_1 - self.beta_0)
 
     def _log_a(self, t: Tensor) -> Tensor:
@@ -124,6 +129,7 @@ class VP(_LinearBeta):
     kind: Literal["vp"] = "vp"
 
     def at(self, t: Tensor) -> Coefficients:
+        """a' = −½·β·a, b' = ½·β·a²/b."""
         t = t.double()
         log_a = self._log_a(t)
         return _variance_preserving(log_a, -self.beta(t) / 2)
@@ -135,6 +141,7 @@ class SubVP(_LinearBeta):
     kind: Literal["sub_vp"] = "sub_vp"
 
     def at(self, t: Tensor) -> Coefficients:
+        """a' = −½·β·a, b' = β·a²."""
         t = t.double()
         log_a = self._log_a(t)
         a, rate = log_a.exp(), -self.beta(t) / 2
@@ -149,9 +156,11 @@ class Cosine(Path):
 
     @property
     def span(self) -> tuple[float, float]:
-        return 1e-3, 1 - 1e-3  # nothing of the data is left at 1, and the rate of ln a is infinite
+        """Short of 0, where the rate of b is infinite, and of 1, where a = 0 and the rate of ln a is."""
+        return 1e-3, 1 - 1e-3
 
     def at(self, t: Tensor) -> Coefficients:
+        """a' = −a·tan(φ)·φ' with φ = π/2·(t + s)/(1 + s); b' = −a·a'/b."""
         angle = (t.double() + self.s) / (1 + self.s) * math.pi / 2
         log_a = torch.cos(angle).log() - math.log(math.cos(self.s / (1 + self.s) * math.pi / 2))
         return _variance_preserving(log_a, -torch.tan(angle) * math.pi / 2 / (1 + self.s))
@@ -160,40 +169,49 @@ class Cosine(Path):
 class DDPM(Path):
     """Variance preserving from a table of T rates β_n: ᾱ_n = Π(1 − β) stands at t = n/T, and ln ᾱ is linear between.
 
-    schedule: β evenly spaced (DDPM), or √β (Stable Diffusion's "scaled linear").
+    schedule: β evenly spaced from `beta_first` to `beta_last` (DDPM), √β so (Stable Diffusion's "scaled linear"), or of
+    `Cosine`'s a at the steps, β_n = min(1 − a_n²/a_{n−1}², 0.999) (arXiv 2102.09672, §3.2).
     """
 
     kind: Literal["ddpm"] = "ddpm"
     steps: PositiveInt = 1000
     beta_first: float = Field(default=1e-4, gt=0, lt=1)
     beta_last: float = Field(default=0.02, gt=0, lt=1)
-    schedule: Literal["linear", "scaled_linear"] = "linear"
+    schedule: Literal["linear", "scaled_linear", "cosine"] = "linear"
 
     @property
     def span(self) -> tuple[float, float]:
+        """From the first step on: between data and it, b' is infinite."""
         return 1 / self.steps, 1.0
 
     def admitted(self, t: Tensor) -> Tensor:
+        """⌈t·T⌉/T, and 1/T at 0."""
         step = (t.double() * self.steps - 1e-3).ceil().clamp(min=1)  # the margin leaves a float32 step as it is
         return (step / self.steps).to(t.dtype)
 
     def drawn(self, t: Tensor) -> Tensor:
+        """t − 1/(2T)."""
         return t - 0.5 / self.steps
 
-    @cached_property
-    def _log_a(self) -> Tensor:
-        """At t = 0, 1/T, …, 1."""
-        power = 1.0 if self.schedule == "linear" else 0.5
-        ends = self.beta_first**power, self.beta_last**power
-        beta = torch.linspace(*ends, self.steps, dtype=torch.float64) ** (1 / power)
-        return torch.cat([torch.zeros(1, dtype=torch.float64), torch.log1p(-beta).cumsum(0) / 2])
-
     def at(self, t: Tensor) -> Coefficients:
+        """From step n − 1 to n a' = T·½·ln(1 − β_n)·a; b' = −a·a'/b."""
         place = t.double() * self.steps
         before = place.ceil().long().clamp(1, self.steps) - 1
-        table = self._log_a.to(t.device)
+        table = _ddpm_log_a(self.steps, self.beta_first, self.beta_last, self.schedule).to(t.device)
         slope = table[before + 1] - table[before]
         return _variance_preserving(table[before] + slope * (place - before), slope * self.steps)
+
+
+@lru_cache
+def _ddpm_log_a(steps: int, beta_first: float, beta_last: float, schedule: str) -> Tensor:
+    """At t = 0, 1/T, …, 1. Not kept by the path, which is compared by its values."""
+    if schedule == "cosine":
+        a = Cosine().at(torch.arange(steps + 1, dtype=torch.float64) / steps).a
+        beta = (1 - (a[1:] / a[:-1]) ** 2).clamp(max=0.999)
+    else:
+        power = 1.0 if schedule == "linear" else 0.5
+        beta = torch.linspace(beta_first**power, beta_last**power, steps, dtype=torch.float64) ** (1 / power)
+    return torch.cat([torch.zeros(1, dtype=torch.float64), torch.log1p(-beta).cumsum(0) / 2])
 
 
 class _Exploding(Path):
@@ -218,6 +236,7 @@ class VE(_Exploding):
     sigma_max: PositiveFloat = 50.0
 
     def at(self, t: Tensor) -> Coefficients:
+        """a' = 0, b' = ln(σ_max/σ_min)·b."""
         t = t.double()
         ratio = math.log(self.sigma_max / self.sigma_min)
         b = self.sigma_min * torch.exp(ratio * t)
@@ -225,7 +244,7 @@ class VE(_Exploding):
 
 
 class EDM(_Exploding):
-    """EDM's spacing of noise levels: b^(1/ρ) linear in t."""
+    """EDM's spacing of noise levels (eq. 5): b = (σ_min^(1/ρ) + t·(σ_max^(1/ρ) − σ_min^(1/ρ)))^ρ."""
 
     kind: Literal["edm"] = "edm"
     sigma_min: PositiveFloat = 0.002
@@ -233,6 +252,7 @@ class EDM(_Exploding):
     rho: PositiveFloat = 7.0
 
     def at(self, t: Tensor) -> Coefficients:
+        """a' = 0, b' = ρ·b^(1 − 1/ρ)·(σ_max^(1/ρ) − σ_min^(1/ρ))."""
         t = t.double()
         low, high = (sigma ** (1 / self.rho) for sigma in (self.sigma_min, self.sigma_max))
         root = low + t * (high - low)
@@ -242,7 +262,8 @@ class EDM(_Exploding):
 
 def _variance_preserving(log_a: Tensor, rate: Tensor) -> Coefficients:
     """b = √(1 − a²), from ln a and its derivative."""
-    a, b = log_a.exp(), torch.sqrt(-torch.expm1(2 * log_a))
+    log_a = log_a.clamp(max=0)  # rounded, it may stand above 0 at t = 0
+    a, b = log_a.exp(), torch.expm1(2 * log_a).abs().sqrt()  # and −expm1(0) is −0
     return Coefficients(a, b, a * rate, -(a**2) * rate / b)
 
 

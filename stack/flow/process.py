@@ -62,7 +62,7 @@ class WeightConfig(Config):
 
 
 class Example(NamedTuple):
-    """What a network is trained on."""
+    """What a network is trained on: at x_t [B, …] and t [B] it should say `target` [B, …], which counts `weight_B`."""
 
     x_t: Tensor
     t_B: Tensor
@@ -96,7 +96,10 @@ class FlowConfig(Config):
         return self.path.admitted(first + (last - first) * levels)
 
     def example(self, x0: Tensor, eps: Tensor, t_B: Tensor) -> Example:
-        """x_t, what the network should say there, and its weight. eps: noise, or what else stands at t = 1."""
+        """x_t = a·x_0 + b·ε, what the network should say there, p·x_0 + q·ε, and its weight (`WeightConfig`).
+
+        x0, eps: [B, …]; eps is noise, or what else stands at t = 1. t_B: [B].
+        """
         c = self.path.at(t_B)
         p, q = (per_sample(value, x0) for value in self._output(c))
         return Example(self.path.noised(x0, eps, t_B), t_B, p * x0 + q * eps, self._weight(t_B, c).to(x0.dtype))
@@ -107,12 +110,13 @@ class FlowConfig(Config):
         return even.example(x0, eps, self.validation_times(positions).to(x0.device))
 
     def loss_B(self, output: Tensor, example: Example) -> Tensor:
-        """w(t)·mean square of each sample's error, in float32."""
+        """w(t)·mean((output − target)²) over each sample, float32 [B], of the network's output [B, …]."""
         error = (output.float() - example.target.float()).square().flatten(1).mean(1)
         return example.weight_B * error
 
     def predictor(self, network: NetworkFn) -> NetworkFn:
-        """The prediction itself, from a network as it is trained."""
+        """The prediction itself, y(x, t) [B, …], from a network F as it is trained: F(c_in·x, t) with c_in the
+        `input_scale`, but F/b for a score and b'·F for a velocity on an exploding path."""
 
         def predict(x: Tensor, t_B: Tensor) -> Tensor:
             c = self.path.at(t_B).like(x)
@@ -124,14 +128,16 @@ class FlowConfig(Config):
         return predict
 
     def input_scale(self, t_B: Tensor, like: Tensor) -> Tensor:
-        """What x is multiplied by before a network sees it, [B, 1, …, 1]."""
+        """c_in, by which x [B, …] is multiplied before a network sees it, [B, 1, …, 1]: 1/√(σ_data² + b²) on an
+        exploding path (EDM, arXiv 2206.00364, table 1), else 1."""
         c = self.path.at(t_B).like(like)
         return 1 / (self.sigma_data**2 + c.b**2).sqrt() if self.path.explodes else torch.ones_like(c.b)
 
     def velocity_fn(self, predict: NetworkFn) -> NetworkFn:
         """dx/dt of the probability-flow ODE, a'·x̂_0 + b'·ε̂ (Score SDE, arXiv 2011.13456, eq. 13).
 
-        predict: says the prediction itself, as `predictor` makes it of a network, guided or not.
+        predict: says the prediction itself, as `predictor` makes it of a network, guided or not; of x [B, …] and
+        t [B], like the velocity.
         """
         if self.prediction == "velocity":
             return predict
@@ -144,7 +150,7 @@ class FlowConfig(Config):
         return velocity
 
     def estimate_fn(self, predict: NetworkFn) -> Callable[[Tensor, Tensor], Estimate]:
-        """The data and noise that `predict` (as in `velocity_fn`) sees in x."""
+        """x̂_0 and ε̂, [B, …] each, that `predict` (as in `velocity_fn`) sees in x: `stack.flow.prediction.estimate`."""
         return lambda x, t_B: estimate(self.prediction, self.path, predict(x, t_B), x, t_B, self.sigma_data)
 
     @cached_property
@@ -160,7 +166,8 @@ class FlowConfig(Config):
         return first, last
 
     def grid(self, num_steps: int, shift: float = 1.0) -> Tensor:
-        """num_steps + 1 falling times over the span, evenly spaced, then moved by `shift` (α of `shift_times`).
+        """num_steps + 1 falling times over the span [t_0, t_1], float64 [num_steps + 1]: t_0 + (t_1 − t_0)·u', u evenly
+        spaced from 1 to 0 and u' = α·u/(1 + (α − 1)·u) with α = `shift` (SD3, arXiv 2403.03206, eq. 23).
 
         On a discrete path they are steps of it, each once: fewer, where it has no more.
         """
@@ -169,7 +176,7 @@ class FlowConfig(Config):
         return torch.unique_consecutive(self.path.admitted(first + (last - first) * even))
 
     def start(self, noise: Tensor, t: float) -> Tensor:
-        """x at the noisiest time `t` of a grid: b·ε, as if nothing of the data were left."""
+        """x [B, …] at the noisiest time `t` of a grid: b·ε, as if nothing of the data were left."""
         return float(self.path.at(torch.tensor(t, dtype=torch.float64)).b) * noise
 
     def _output(self, c: Coefficients) -> tuple[Tensor, Tensor]:

@@ -4,7 +4,7 @@
 the reverse SDE, and Langevin dynamics. Each takes x at times[0] and returns it at times[-1]; times fall; `keep` is
 given x at each of the others. Where noise is left at the last time, b > 0, `denoised` takes it away.
 
-Shapes: x, x_0, ε and scores are [B, …].
+Shapes: x, x_0, ε, scores, and what each function returns are [B, …]; `times` is [S + 1] for S steps.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ NoiseFn = Callable[[str], Tensor]
 
 
 def denoised(fn: EstimateFn, x: Tensor, t: float) -> Tensor:
-    """x̂_0 of x at t: the end of sampling wherever b(t) > 0, that is on all paths but those that reach their data
-    (NCSNv2, arXiv 2006.09011, algorithm 1). It is DDPM's step from t = 1/T to 0."""
+    """x̂_0(x, t) = (x − b·ε̂)/a: the end of sampling wherever b(t) > 0, that is on all paths but those that reach their
+    data (NCSNv2, arXiv 2006.09011, algorithm 1). It is DDPM's step from t = 1/T to 0."""
     return fn(x, _times(x, t)).x0
 
 
@@ -78,7 +78,8 @@ def dpm_solver_pp_2m(fn: EstimateFn, x: Tensor, times: Tensor, path: Path, keep:
 def euler_maruyama(
     fn: EstimateFn, x: Tensor, times: Tensor, path: Path, noise: NoiseFn, keep: list[Tensor] | None = None
 ) -> Tensor:
-    """The reverse SDE dx = (f·x − g²·s)dt + g·dw, f = a'/a, g² = 2·b·(b' − f·b) (Score SDE, arXiv 2011.13456, eq. 6).
+    """The reverse SDE dx = (f·x − g²·s)dt + g·dw, f = a'/a, g² = 2·b·(b' − f·b) (Score SDE, arXiv 2011.13456, eq. 6),
+    by steps of length h towards data, x − h·(f·x − g²·s) + g·√h·z, with s = −ε̂/b.
 
     A step of length h that would take away more noise than there is, g²·h > b²·(1 − f·h), is an ancestral one instead
     (DDIM's with η = 1): the first where no data is left, a = 0 and f infinite, the last ones where b falls to 0, and

@@ -1,9 +1,10 @@
 """Solvers of the probability-flow ODE dx/dt = v(x, t), from noise at t = 1 to data at t = 0, or back.
 
-Each takes x at the first of `times` and returns it at the last; `keep` is given x at each of the others. Butcher's
-tables: Hairer, Nørsett & Wanner, Solving Ordinary Differential Equations I, chapter II.
+Each takes x [B, …] at the first of `times` [S + 1] and returns it at the last; `keep` is given x at each of the others.
+Equations are of a step from t to t + h, h < 0 towards data. Butcher's tables: Hairer, Nørsett & Wanner, Solving
+Ordinary Differential Equations I, chapter II.
 
-B batch
+B batch · S steps
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ VelocityFn = Callable[[Tensor, Tensor], Tensor]
 
 
 def euler(velocity_fn: VelocityFn, x: Tensor, times: Tensor, keep: list[Tensor] | None = None) -> Tensor:
-    """One evaluation a step, first order."""
+    """x + h·v(x, t): one evaluation a step, first order."""
 
     def step(x: Tensor, t: float, t_next: float) -> Tensor:
         return x + (t_next - t) * _at(velocity_fn, x, t)
@@ -30,7 +31,8 @@ def euler(velocity_fn: VelocityFn, x: Tensor, times: Tensor, keep: list[Tensor] 
 
 
 def heun(velocity_fn: VelocityFn, x: Tensor, times: Tensor, keep: list[Tensor] | None = None) -> Tensor:
-    """The explicit trapezoid rule: two evaluations a step, second order."""
+    """The explicit trapezoid rule, x + h/2·(v + v(x + h·v, t + h)) with v = v(x, t): two evaluations a step, second
+    order."""
 
     def step(x: Tensor, t: float, t_next: float) -> Tensor:
         h = t_next - t
@@ -42,7 +44,7 @@ def heun(velocity_fn: VelocityFn, x: Tensor, times: Tensor, keep: list[Tensor] |
 
 
 def midpoint(velocity_fn: VelocityFn, x: Tensor, times: Tensor, keep: list[Tensor] | None = None) -> Tensor:
-    """Two evaluations a step, second order, none of them at the last time."""
+    """x + h·v(x + h/2·v(x, t), t + h/2): two evaluations a step, second order, none of them at the last time."""
 
     def step(x: Tensor, t: float, t_next: float) -> Tensor:
         h = t_next - t
@@ -53,7 +55,11 @@ def midpoint(velocity_fn: VelocityFn, x: Tensor, times: Tensor, keep: list[Tenso
 
 
 def rk4(velocity_fn: VelocityFn, x: Tensor, times: Tensor, keep: list[Tensor] | None = None) -> Tensor:
-    """The classical Runge–Kutta method: four evaluations a step, fourth order."""
+    """The classical Runge–Kutta method: four evaluations a step, fourth order.
+
+    x + h/6·(k1 + 2·k2 + 2·k3 + k4) with k1 = v(x, t), k2 = v(x + h/2·k1, t + h/2), k3 = v(x + h/2·k2, t + h/2),
+    k4 = v(x + h·k3, t + h).
+    """
 
     def step(x: Tensor, t: float, t_next: float) -> Tensor:
         h = t_next - t
@@ -72,6 +78,9 @@ def dopri5(
 ) -> Tensor:  # fmt: skip
     """Dormand & Prince's pair of orders 5 and 4 (J. Comput. Appl. Math. 6, 1980), steps chosen by its error.
 
+    x + h·Σ B_i·k_i with k_i = v(x + h·Σ_{j<i} A_ij·k_j, t + C_i·h), its error h·Σ E_i·k_i; a step whose error is e ≤ 1
+    is kept, and the next one is 0.9·e^(−1/5) times as long, within 0.2 and 10.
+
     The steps go from the first to the last of `times` whatever lies between; `keep` is given the pair's own
     interpolation, of fourth order. An error estimate is the root mean square over a sample of error/(atol + rtol·|x|).
     Each sample has a time and steps of its own, so that it does not depend on its batch, and every evaluation is of the
@@ -81,6 +90,8 @@ def dopri5(
     """
     from scipy.integrate import RK45 as table
 
+    if len(times) == 1:  # all that a discrete path of one step has
+        return x
     first, last = float(times[0]), float(times[-1])
     t = torch.full(x.shape[:1], first, dtype=torch.float64, device=x.device)
     h = torch.full_like(t, (last - first) / 100)

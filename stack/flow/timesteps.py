@@ -43,14 +43,22 @@ class TimestepConfig(Config):
         return self
 
     def draw(self, draws: Draws, batch_size: int, path: Path) -> Tensor:
-        """Times for the samples of `draws`, of a global batch of `batch_size`; float32 [B]."""
+        """Times for the samples of `draws`, of a global batch of `batch_size`; float32 [B].
+
+        `sample` of u_p, a uniform number of its own for each position p; stratified, of (u + p/batch_size) mod 1.
+        """
         if not self.stratified:
             return self.sample(draws.uniform("timestep"), path)
         first = draws.of_step().uniform("timestep")
         return self.sample((first + torch.tensor(draws.positions) / batch_size) % 1, path)
 
     def sample(self, u: Tensor, path: Path) -> Tensor:
-        """t for uniform `u` in (0, 1), elementwise, in the dtype of `u`. `mode` runs from 1 down to 0 as u grows."""
+        """t for uniform `u` in (0, 1), of its shape and dtype, then moved by `shift_times`. With z the normal quantile
+        of u and the config's mean m and std s:
+
+        logit_normal: 1/(1 + e^−(m + s·z)) (SD3, §3.1). mode: f(u) of `mode_quantile`, from 1 down to 0 as u grows.
+        cosmap: 1 − 1/(tan(πu/2) + 1) (SD3, §3.1). log_normal: where b/a = e^(m + s·z) (EDM, table 1). uniform: u.
+        """
         if self.kind == "logit_normal":
             t = torch.sigmoid(self.mean + self.std * torch.special.ndtri(u))
         elif self.kind == "mode":
@@ -64,7 +72,12 @@ class TimestepConfig(Config):
         return shift_times(t, self.shift)
 
     def density(self, t: Tensor, path: Path) -> Tensor:
-        """π(t) for t in (0, 1), elementwise: the density of what `sample` returns, shift included."""
+        """π(t) for t in (0, 1), of its shape: the density of what `sample` returns. With t_0 the time before the shift
+        α, π(t) = π_0(t_0)·dt_0/dt = π_0(t_0)·α/(α − (α − 1)·t)², and of m, s and the normal density φ π_0 is
+
+        logit_normal: φ((logit t_0 − m)/s)/(s·t_0·(1 − t_0)). mode: |df⁻¹/dt_0|. cosmap:
+        2/(π − 2π·t_0 + 2π·t_0²). log_normal: φ((ln σ − m)/s)/s·dlnσ/dt_0, σ = b/a. uniform: 1.
+        """
         unshifted = shift_times(t, 1 / self.shift)
         if self.kind == "logit_normal":
             pi = self._normal(torch.logit(unshifted)) / (unshifted * (1 - unshifted))
@@ -101,7 +114,8 @@ def _mode_density(t: Tensor, scale: float) -> Tensor:
 
 
 def shift_times(t: Tensor, alpha: float) -> Tensor:
-    """t' = α·t/(1 + (α − 1)·t) (SD3, eq. 23): moves the log-SNR by −2·ln α. Its inverse is the shift by 1/α."""
+    """t' = α·t/(1 + (α − 1)·t) (SD3, eq. 23), of the shape of t: moves the log-SNR by −2·ln α. Its inverse is the shift
+    by 1/α."""
     return alpha * t / (1 + (alpha - 1) * t)
 
 
@@ -111,6 +125,7 @@ def resolution_shift(num_pixels: float, reference: float) -> float:
 
 
 def flux_shift(num_image_tokens: int) -> float:
-    """FLUX's α = e^μ, with μ linear in the number of image tokens: .5 at 256, 1.15 at 4096."""
+    """FLUX's α = e^μ, with μ linear in the number of image tokens: .5 at 256, 1.15 at 4096 (`time_shift` and
+    `get_lin_function` of the authors' inference code; the shift itself is SD3's, arXiv 2403.03206, eq. 23)."""
     mu = 0.5 + (1.15 - 0.5) * (num_image_tokens - 256) / (4096 - 256)
     return math.exp(mu)

@@ -6,16 +6,25 @@ The label K of K classes stands for none: what classifier-free guidance takes aw
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from stack.config import UserError
 from stack.models.dit import DiT, DiTConfig
 from stack.models.unet import UNet, UNetConfig
 
-NetworkConfig = Annotated[DiTConfig | UNetConfig, Field(discriminator="kind")]
+
+def _not_of_captions(values: Any) -> Any:
+    if isinstance(values, dict) and values.get("kind") == "mmdit":
+        raise ValueError("kind=mmdit knows captions, not labels: objective.kind=text_to_image trains it")
+    return values
+
+
+NetworkConfig = Annotated[
+    Annotated[DiTConfig | UNetConfig, Field(discriminator="kind")], BeforeValidator(_not_of_captions)
+]
 LabelNetwork = DiT | UNet
 
 

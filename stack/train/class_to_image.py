@@ -179,10 +179,12 @@ def _check(config: ClassToImageConfig, data: ImageDataset) -> None:
         )
     if _paired(config) != data.has_pairs:
         raise UserError("objective.coupling.kind=paired and data.paired go together: give both or neither")
-    if _paired(config) and (config.path.kind != "linear" or config.prediction == "score"):
+    taken_for_normal = config.path.kind != "linear" or config.prediction == "score" or config.weight.kind == "elbo"
+    if _paired(config) and taken_for_normal:
         raise UserError(
             f"objective.coupling.kind=paired has images in the place of noise: path.kind={config.path.kind} with "
-            f"prediction={config.prediction} takes it for normal; use path.kind=linear and prediction=velocity"
+            f"prediction={config.prediction} and weight.kind={config.weight.kind} takes it for normal; use "
+            "path.kind=linear, prediction=velocity and weight.kind=prediction"
         )
 
 
@@ -219,7 +221,7 @@ def sample(
     def of(network: nn.Module) -> Branches:
         if not config.classes:
             return Branches(config.predictor(lambda x_BCHW, t_B: network(x_BCHW, t_B, none_B)))
-        return branches(config, network, label_B, none_B, torch.cat)
+        return branches(config, network, label_B, none_B, torch.cat, how.guidance.batched)
 
     gradient = None if classifier is None else classifier_gradient(classifier, label_B)
     guided = Guided(how.guidance, config, of(network), None if weak is None else of(weak).conditional, gradient)

@@ -100,7 +100,8 @@ class Sampler:
             return draws.normal(stream, shape).to(device)
 
         def of(network: CaptionNetwork) -> Branches:
-            return branches(self._flow, output_of(network), conditional, unconditional, Context.cat)
+            output = output_of(network)
+            return branches(self._flow, output, conditional, unconditional, Context.cat, config.guidance.batched)
 
         weak = None if self._weak is None else of(self._weak).conditional
         guided = Guided(config.guidance, self._flow, of(self.network), weak)

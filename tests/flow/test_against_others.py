@@ -81,13 +81,23 @@ def test_flow_match_heun(mixture) -> None:
     close(torch.stack(kept), expected[[*range(1, 22, 2), 22]])
 
 
-@pytest.mark.parametrize(("schedule", "first", "last"), [("linear", 1e-4, 0.02), ("scaled_linear", 0.00085, 0.012)])
-def test_discrete_variances(schedule, first, last) -> None:
+@pytest.mark.parametrize(
+    ("schedule", "theirs", "betas"),
+    [
+        ("linear", "linear", (1e-4, 0.02)),
+        ("scaled_linear", "scaled_linear", (0.00085, 0.012)),
+        ("cosine", "squaredcos_cap_v2", (1e-4, 0.02)),
+    ],
+)
+def test_discrete_variances(schedule, theirs, betas) -> None:
+    first, last = betas
     path = DDPM(schedule=schedule, beta_first=first, beta_last=last)
-    scheduler = diffusers.DDPMScheduler(beta_schedule=schedule, beta_start=first, beta_end=last)
+    scheduler = diffusers.DDPMScheduler(beta_schedule=theirs, beta_start=first, beta_end=last)
     c = path.at(torch.arange(1, 1001, dtype=torch.float64) / 1000)
     close(c.a**2, scheduler.alphas_cumprod)
     close(c.b**2, 1 - scheduler.alphas_cumprod)
+    steps = path.at(torch.arange(1001, dtype=torch.float64) / 1000).a ** 2
+    close(1 - steps[1:] / steps[:-1], scheduler.betas)
 
 
 @pytest.mark.parametrize("num_steps", [50, 1000])

@@ -39,3 +39,8 @@ def test_immiscible_noise_is_near_and_belongs_to_the_sample_alone() -> None:
     for row in range(6):
         alone = config.noise(X0[row : row + 1], NoisePlan(0).at(3, [row]), 6)
         assert torch.equal(alone[0], whole[row])
+
+
+def test_pairs_have_no_noise() -> None:
+    with pytest.raises(ValueError, match=r"paired draws no noise"):
+        CouplingConfig(kind="paired").noise(X0, DRAWS, 6)

@@ -13,7 +13,7 @@ from stack.flow import samplers
 from stack.flow.coupling import CouplingConfig
 from stack.flow.draw import GuidedConfig, SolverConfig, draw
 from stack.flow.noise import NoisePlan
-from stack.flow.path import EDM, VE, VP, Conical, Linear
+from stack.flow.path import DDPM, EDM, VE, VP, Conical, Linear
 from stack.flow.process import FlowConfig
 from stack.flow.samplers import NoiseFn
 
@@ -71,6 +71,16 @@ def test_what_noise_is_left_is_taken_away(mixture, path, evaluations: int) -> No
 
     draw(flow, flow.predictor(network), noise_of([0]), SolverConfig(solver="euler", steps=8))
     assert len(times) == evaluations
+
+
+@pytest.mark.parametrize("solver", [solver for solver in SOLVERS if solver != "langevin"])
+def test_a_path_of_one_step_is_sampled_by_what_ends_it(mixture, solver: str) -> None:
+    flow, kept = FlowConfig(path=DDPM(steps=1, beta_first=0.999), prediction="v"), []
+    predict = flow.predictor(mixture.network(flow))
+    x0 = draw(flow, predict, noise_of([0, 1]), config_of(solver), kept)
+    start = flow.start(noise_of([0, 1])("noise"), 1.0)
+    torch.testing.assert_close(x0, samplers.denoised(flow.estimate_fn(predict), start, 1.0))
+    assert len(kept) == 1
 
 
 @pytest.mark.parametrize("solver", SOLVERS)

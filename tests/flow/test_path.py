@@ -10,7 +10,8 @@ from stack.config import UserError, load
 from stack.flow.path import DDPM, EDM, VE, VP, Conical, Cosine, Linear, Path, SubVP
 from stack.flow.process import FlowConfig
 
-PATHS = [Linear(), Conical(), VP(), SubVP(), Cosine(), DDPM(), DDPM(schedule="scaled_linear"), VE(), EDM()]
+PATHS = [Linear(), Conical(), VP(), SubVP(), Cosine(), DDPM(), DDPM(schedule="scaled_linear")]
+PATHS += [DDPM(schedule="cosine"), VE(), EDM()]
 
 
 def pair(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
@@ -49,7 +50,17 @@ def test_what_the_span_ends_at(path: Path) -> None:
     assert ((ratio.b / ratio.a).diff() > 0).all()
 
 
-@pytest.mark.parametrize("path", [VP(), Cosine(), DDPM()], ids=str)
+@pytest.mark.parametrize("path", PATHS, ids=str)
+def test_the_ends_themselves(path: Path) -> None:
+    """At t = 0 the rate of b may be infinite; no more is lost there."""
+    c = path.at(torch.tensor([0.0, 1.0]))
+    assert all(torch.isfinite(value).all() for value in (c.a, c.b, c.da))
+    assert not torch.signbit(torch.stack([c.a, c.b])).any()
+    assert c.a[0] == 1
+    assert (c.db > 0).all()
+
+
+@pytest.mark.parametrize("path", [VP(), Cosine(), DDPM(), DDPM(schedule="cosine")], ids=str)
 def test_variance_is_preserved(path: Path) -> None:
     c = path.at(torch.linspace(*path.span, 11, dtype=torch.float64))
     torch.testing.assert_close(c.a**2 + c.b**2, torch.ones_like(c.a))
@@ -80,6 +91,14 @@ def test_the_ddpm_table() -> None:
     torch.testing.assert_close(latent.at(steps).a ** 2, torch.cumprod(1 - roots**2, 0))
     drawn = DDPM().admitted(torch.tensor([1e-9, 0.0005, 0.001, 0.99951, 1.0]))
     torch.testing.assert_close(drawn, torch.tensor([0.001, 0.001, 0.001, 1.0, 1.0]))
+
+
+@pytest.mark.parametrize("path", PATHS, ids=str)
+def test_a_path_is_its_values_used_or_not(path: Path) -> None:
+    same, used = type(path).model_validate(path.model_dump()), torch.tensor([0.5])
+    assert torch.equal(path.at(used).a, same.at(used).a)
+    assert path == same
+    assert DDPM(steps=1000) != DDPM(steps=100)
 
 
 @pytest.mark.parametrize("path", PATHS, ids=str)

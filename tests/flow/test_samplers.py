@@ -11,7 +11,7 @@ from torch import Tensor
 
 from stack.flow import samplers
 from stack.flow.draw import SolverConfig, draw
-from stack.flow.path import DDPM, EDM, VE, VP, Conical, Cosine, Linear, SubVP
+from stack.flow.path import DDPM, EDM, VE, VP, Coefficients, Conical, Cosine, Linear, SubVP
 from stack.flow.process import FlowConfig
 
 COUNT = 2000
@@ -65,6 +65,12 @@ def test_the_ode_reaches_the_data_from_any_prediction(mixture, name, prediction)
 
 
 @pytest.mark.parametrize("name", PATHS)
+def test_euler_on_every_path(mixture, name) -> None:
+    steps = 1000 if PATHS[name].explodes else 300  # b' goes through orders of magnitude
+    check(drawn(mixture, FlowConfig(path=PATHS[name]), solver="euler", steps=steps), mixture)
+
+
+@pytest.mark.parametrize("name", PATHS)
 @pytest.mark.parametrize(
     ("solver", "steps"),
     [("midpoint", 40), ("rk4", 20), ("dopri5", 1), ("dpm_solver_pp_2m", 50), ("ddim", 100), ("ddpm", 150)],
@@ -82,6 +88,32 @@ def test_ddim_with_half_the_noise_on_a_shifted_grid(mixture, name) -> None:
 @pytest.mark.parametrize(("solver", "steps"), [("euler_maruyama", 400), ("predictor_corrector", 200)])
 def test_the_reverse_sde_agrees_with_the_ode(mixture, name, solver, steps) -> None:
     check(drawn(mixture, FlowConfig(path=PATHS[name]), solver=solver, steps=steps, snr=0.05), mixture)
+
+
+def at_level(mixture, c: Coefficients, scale: Tensor | float = 1.0):
+    """The distribution of x_t/scale."""
+    return replace(
+        mixture, means=c.a * mixture.means / scale, variances=(c.a**2 * mixture.variances + c.b**2) / scale**2
+    )
+
+
+def check_on_the_way(mixture, flow: FlowConfig, **solver) -> None:
+    """p_t at three times of a sampling's grid."""
+    config, kept = SolverConfig(**solver), []
+    draw(flow, flow.predictor(mixture.network(flow)), noise, config, kept)
+    times = flow.grid(config.steps)[1:]
+    for place in (len(times) // 4, len(times) // 2, len(times) * 3 // 4):
+        c = flow.path.at(times[place])
+        scale = (c.a**2 + c.b**2).sqrt()
+        assert energy_distance(kept[place] / scale, at_level(mixture, c, scale).draw(COUNT, seed=1)) < 0.004
+
+
+@pytest.mark.parametrize("name", PATHS)
+@pytest.mark.parametrize(
+    ("solver", "steps"), [("heun", 40), ("euler_maruyama", 400), ("predictor_corrector", 200), ("ddpm", 150)]
+)
+def test_marginals_on_the_way_are_the_paths(mixture, name, solver, steps) -> None:
+    check_on_the_way(mixture, FlowConfig(path=PATHS[name]), solver=solver, steps=steps, snr=0.05)
 
 
 @pytest.mark.parametrize("name", PATHS)
@@ -109,11 +141,13 @@ def test_the_corrector_alone_reaches_its_level(mixture, name) -> None:
     found = samplers.predictor_corrector(
         fn, 3 * c.b * noise("start"), t.repeat(2), flow.path, noise, snr=0.15, corrections=200
     )
-    there = replace(mixture, means=c.a * mixture.means, variances=c.a**2 * mixture.variances + c.b**2)
-    check(found, there, 0.005)
+    check(found, at_level(mixture, c), 0.005)
 
 
+@pytest.mark.parametrize("path", [VE(sigma_min=0.05, sigma_max=5), EDM(sigma_min=0.05, sigma_max=5)], ids=str)
 @pytest.mark.parametrize("prediction", ["score", "eps", "edm"])
-def test_annealed_langevin(mixture, prediction) -> None:
-    flow = FlowConfig(path=VE(sigma_min=0.05, sigma_max=5), prediction=prediction)
-    check(drawn(mixture, flow, solver="langevin", steps=11, langevin_step=0.4, langevin_steps=40), mixture)
+def test_annealed_langevin(mixture, path, prediction) -> None:
+    flow = FlowConfig(path=path, prediction=prediction)
+    solver = {"solver": "langevin", "steps": 11, "langevin_step": 0.4, "langevin_steps": 40}
+    check(drawn(mixture, flow, **solver), mixture)
+    check_on_the_way(mixture, flow, **solver)

@@ -63,6 +63,43 @@ def test_logit_normal_has_the_mean_and_spread_it_says() -> None:
     assert logits.std().item() == pytest.approx(0.7, abs=0.01)
 
 
+@pytest.mark.parametrize("path", [Linear(), VP(), EDM()], ids=str)
+def test_log_normal_has_the_mean_and_spread_of_the_noise_level_that_it_says(path: Path) -> None:
+    u = NoisePlan(0).at(0, range(1)).uniform("t", (20_000,))[0].double()
+    c = path.at(LOG_NORMAL.sample(u, path))
+    log_sigma = (c.b / c.a).log()
+    assert log_sigma.mean().item() == pytest.approx(-1.2, abs=0.03)
+    assert log_sigma.std().item() == pytest.approx(1.2, abs=0.03)
+
+
+def test_stratified_draws_of_a_step_are_evenly_spaced_from_a_start_of_its_own() -> None:
+    config, starts = TimestepConfig(kind="uniform", stratified=True), []
+    for step in range(20):
+        whole = config.draw(NoisePlan(0).at(step, range(16)), 16, Linear())
+        torch.testing.assert_close(whole.sort().values.diff(), torch.full((15,), 1 / 16))
+        for world in (2, 4):
+            for rank in range(world):
+                part = config.draw(NoisePlan(0).at(step, range(rank, 16, world)), 16, Linear())
+                assert torch.equal(part, whole[rank::world])
+        starts.append(float(whole.min()) * 16)
+    assert min(starts) < 0.2
+    assert max(starts) > 0.8
+
+
+@pytest.mark.parametrize("config", [TimestepConfig(stratified=True), TimestepConfig(kind="mode", stratified=True)])
+def test_stratified_draws_have_the_density_over_steps_and_less_spread_in_a_step(config: TimestepConfig) -> None:
+    plan, plain = NoisePlan(0), config.model_copy(update={"stratified": False})
+    middles = (torch.arange(500, dtype=torch.float64) + 0.5) / 500
+    mass = config.density(middles, Linear()).reshape(10, 50).mean(1) / 10
+
+    def shares(config: TimestepConfig) -> torch.Tensor:
+        drawn = [config.draw(plan.at(step, range(32)), 32, Linear()) for step in range(400)]
+        return torch.stack([torch.histc(t, 10, 0, 1) / 32 for t in drawn]).double()
+
+    torch.testing.assert_close(shares(config).mean(0), mass, rtol=0, atol=0.003)
+    assert shares(config).std(0).mean() < shares(plain).std(0).mean() / 2
+
+
 def test_cosmap_density_formula() -> None:
     assert TimestepConfig(kind="cosmap").density(
         torch.tensor(0.5, dtype=torch.float64), Linear()

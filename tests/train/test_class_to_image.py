@@ -183,6 +183,7 @@ def test_pairs_begin_with_their_second_image(objective, dataset, labelled):
         ({"paired": "paired"}, {}, "give both or neither"),
         ({"paired": "paired"}, {"coupling": {"kind": "paired"}, "path": {"kind": "vp"}}, "takes it for normal"),
         ({"paired": "paired"}, {"coupling": {"kind": "paired"}, "prediction": "score"}, "takes it for normal"),
+        ({"paired": "paired"}, {"coupling": {"kind": "paired"}, "weight": {"kind": "elbo"}}, "takes it for normal"),
         ({"buckets": {"resolution": 32}}, {}, r"kind=dit takes squares of one size.* 32×32, 40×24, 24×40"),
         ({}, {"model": {**DIT, "patch_size": 3}}, r"images of 8×8 do not divide into objective\.model\.patch_size=3"),
     ],
@@ -208,7 +209,7 @@ def recipe(labelled_data):
             "ema": {"decay": 0.9},
             "log": {"every": 10, "wandb": "disabled"},
         }
-        values |= {name: {**values[name], **keys} for name, keys in sections.items()}
+        values |= {name: {**values.get(name, {}), **keys} for name, keys in sections.items()}
         run.with_suffix(".yaml").write_text(yaml.safe_dump(values))
         return run.with_suffix(".yaml")
 
@@ -271,6 +272,78 @@ def test_a_snapshot_is_drawn_and_judged_by_its_commands(recipe, tmp_path, mmdit)
     assert set(exact["val_loss_at_t"]) == {str(i / 8) if i else "0" for i in range(8)}
     done = mmdit("evaluate", run, *options, "--nll-set", "bound=true")
     assert (done.returncode, "nll.bound is of a model of pixels with path.kind=ddpm" in done.stderr) == (2, True)
+
+
+def test_both_halves_of_guidance_are_one_call_or_two(objective):
+    made, sizes, images = objective(), [], []
+    made.network.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    for parameter in made.network.parameters():
+        parameter.data.normal_(std=0.3, generator=torch.Generator().manual_seed(parameter.numel()))
+    for batched in (True, False):
+        how = PreviewConfig(steps=2, guidance=GuidanceConfig(scale=3, batched=batched))
+        with torch.inference_mode():
+            images.append(sample(made.network, made._config, torch.tensor([0, 1]), normal(2), how))
+    assert sizes == [4, 4, 2, 2, 2, 2]
+    torch.testing.assert_close(*images, rtol=1e-4, atol=1e-4)
+
+
+def test_autoguidance_leads_away_from_the_snapshot_that_is_named(recipe, tmp_path, mmdit):
+    run, images = tmp_path / "run", {}
+    assert mmdit("train", recipe(run, schedule={"steps": 30}, snapshot={"every": 10})).returncode == 0
+    for name, options in {"none": (), "10": ("--weak", 10), "20": ("--weak", 20), "30": ("--weak", 30)}.items():
+        scale = ("--set", "guidance.autoguidance=3") if options else ()
+        done = mmdit("sample", run, "1", "--steps", 6, "-o", tmp_path / "out.png", *options, *scale)
+        assert done.returncode == 0, done.stderr
+        images[name] = np.asarray(Image.open(tmp_path / "out.png")).astype(int)
+    assert (images["30"] == images["none"]).all()
+    assert (images["20"] != images["none"]).any()
+    assert (images["10"] != images["20"]).any()
+
+
+class Seen:
+    """In the place of the Inception network: the first pixels as features, and what was looked at last."""
+
+    images: list[np.ndarray]
+
+    def __init__(self, *_: Any) -> None:
+        pass
+
+    def features(self, images: Any) -> torch.Tensor:
+        Seen.images = list(images)
+        return torch.stack([torch.from_numpy(image.reshape(-1)[:4].copy()).double() for image in Seen.images])
+
+
+def test_a_trained_classifier_leads_to_the_class_that_is_asked_for(recipe, tmp_path, mmdit, monkeypatch):
+    """The model has never seen a label, so that all it knows of them is the classifier's."""
+    run, classifier, labels = tmp_path / "run", tmp_path / "classifier", tmp_path / "labels.txt"
+    assert mmdit("train", recipe(run, objective={"dropout": 1.0})).returncode == 0
+    path = recipe(classifier, schedule={"steps": 80})
+    network = {"block_out_channels": [8, 8], "norm_groups": 4, "head_size": 8}
+    values = {**yaml.safe_load(path.read_text()), "objective": {"kind": "classifier", "model": network, "classes": 2}}
+    path.write_text(yaml.safe_dump(values))
+    assert mmdit("train", path).returncode == 0
+    keys = (f"classifier={classifier}", "guidance.classifier=8", "guidance.interval=[0,0.9]")
+    guided = [word for key in keys for word in ("--set", key)]
+
+    def mean_of(label: int, *options: object) -> float:
+        labels.write_text(f"{label}\n" * 16)
+        out = tmp_path / "out.png"
+        done = mmdit("sample", run, "--prompts", labels, "--steps", 10, "-o", out, *options)
+        assert done.returncode == 0, done.stderr
+        return float(np.asarray(Image.open(out)).mean())
+
+    for label, sign in ((0, -1), (1, 1)):
+        assert sign * (mean_of(label, *guided) - mean_of(label)) > 10
+
+    monkeypatch.setattr("stack.evaluate.run.Inception", Seen)
+    weights = tmp_path / "inception.safetensors"
+    weights.touch()
+    apart = {}
+    for name, options in (("plain", ()), ("guided", guided)):
+        done = mmdit("evaluate", run, "--samples", 16, "--steps", 10, "--inception", weights, *options)
+        assert done.returncode == 0, done.stderr
+        apart[name] = np.mean(Seen.images[1::2]) - np.mean(Seen.images[::2])
+    assert apart["guided"] > apart["plain"] + 20
 
 
 def test_ddpms_bound_is_above_what_the_density_says(recipe, tmp_path, mmdit):
@@ -346,9 +419,10 @@ def test_a_training_that_was_stopped_goes_on_exactly(recipe, tmp_path, mmdit, hi
         ({"objective": {"classes": 1}}, "has label 1, and objective.classes=1 ends with 0"),
         ({"data": {"label": "number"}}, "and objective.classes=2 ends with 1"),
         ({"data": {"label": "nothing"}}, "× no label"),
+        ({"objective": {"model": {"kind": "mmdit", "preset": "mmdit-test"}}}, "knows captions, not labels"),
     ],
 )
-def test_labels_that_do_not_fit_end_a_training_in_one_line(recipe, tmp_path, mmdit, sections, message):
+def test_what_does_not_fit_ends_a_training_in_one_line(recipe, tmp_path, mmdit, sections, message):
     done = mmdit("train", recipe(tmp_path / "run", **sections))
     assert done.returncode == 2
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("mmdit:")]

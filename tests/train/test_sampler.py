@@ -29,6 +29,18 @@ def test_an_image_does_not_depend_on_its_batch(sampler):
     assert np.abs(other[0].astype(int) - alone[0]).max() > 1
 
 
+def test_both_halves_of_guidance_are_one_call_or_two(sampler):
+    sampler, encoders = sampler
+    text, sizes, images = encoders.encode(["a red circle", "a star"]), [], []
+    hook = sampler.network.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    for batched in (True, False):
+        config = SamplerConfig(steps=2, guidance=GuidanceConfig(scale=3, batched=batched))
+        images.append(np.stack(sampler.sample(text, (32, 32), config, [0, 1], seed=0)).astype(int))
+    hook.remove()
+    assert sizes == [4, 4, 2, 2, 2, 2]
+    assert np.abs(images[0] - images[1]).max() <= 1
+
+
 @pytest.mark.parametrize("solver", ["euler", "heun"])
 def test_sizes_and_solvers(sampler, solver):
     sampler, encoders = sampler

@@ -7,10 +7,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from PIL import Image
 
+from stack.config import load
+from stack.flow.noise import NoisePlan
+from stack.flow.process import Example, FlowConfig
 from stack.log import read_metrics
+from stack.train.recipe import TrainConfig, build
 
 UNET = {
     "kind": "unet",
@@ -83,7 +88,6 @@ def test_an_objective_trains_and_is_evaluated(trained, mmdit, name):
         ("edm", ("--solver", "heun", "--set", "guidance.interval=[0.2,0.8]")),
         ("edm", ("--solver", "langevin", "--set", "langevin_steps=2")),
         ("immiscible", ("--solver", "dopri5", "--set", "rtol=1e-2", "--set", "atol=1e-2")),
-        ("immiscible", ("--set", "guidance.autoguidance=2", "--weak", "4")),
         ("unet", ("--solver", "midpoint", "--set", "guidance.apg.eta=0.5")),
     ],
 )
@@ -92,6 +96,54 @@ def test_samples_by_any_solver_and_guidance(trained, mmdit, tmp_path, name, opti
     done = mmdit("sample", trained(name), "a red circle", "--steps", 3, "-o", out, *options)
     assert done.returncode == 0, done.stderr
     assert Image.open(out).size == (32, 32)
+
+
+def test_autoguidance_leads_away_from_the_snapshot_that_is_named(stage, mmdit, tmp_path):
+    sections = {"optim": {"lr": 1e-2}, "snapshot": {"every": 2}, "schedule": {"steps": 6}}
+    config, out, images = configure(stage, "text-weak", **sections), tmp_path / "out.png", {}
+    assert mmdit("train", config).returncode == 0
+    for name, options in {"none": (), "2": ("--weak", 2), "4": ("--weak", 4), "6": ("--weak", 6)}.items():
+        scale = ("--set", "guidance.autoguidance=20") if options else ()
+        run = stage.folder / "text-weak"
+        done = mmdit("sample", run, "a red circle", "--steps", 3, "--guidance", 1, "-o", out, *options, *scale)
+        assert done.returncode == 0, done.stderr
+        images[name] = np.asarray(Image.open(out)).astype(int)
+    assert (images["6"] == images["none"]).all()
+    assert (images["4"] != images["none"]).any()
+    assert (images["2"] != images["4"]).any()
+
+
+class Recorder(torch.nn.Module):
+    """A network that says 0 and remembers what it was asked."""
+
+    def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
+        self.asked = inputs
+        return torch.zeros_like(inputs[0])
+
+
+def test_the_loss_is_the_flows_on_drawn_latents(stage):
+    """Its path, coupling and weight, and the network's input: each is another than the default's."""
+    keys = {"path": {"kind": "edm"}, "prediction": "edm", "sigma_data": 1.0, "weight": {"kind": "min_snr"}}
+    keys |= {"coupling": {"kind": "immiscible"}, "timesteps": {"kind": "log_normal", "mean": -1.2, "std": 1.2}}
+    data, made = build(load(TrainConfig, configure(stage, "text-value", keys)), torch.device("cpu"))
+    flow, network = FlowConfig.model_validate(keys), Recorder()
+    batch = next(iter(data.loader(0, 1, 0, 1, 1))).to("cpu")
+    draws = NoisePlan(0).at(0, batch.positions)
+    posterior = draws.normal("posterior", batch.mean_BCHW.shape[1:])
+    drawn = batch.mean_BCHW + (batch.logvar_BCHW / 2).exp() * posterior
+    x0 = (drawn - data.manifest.shift) * data.manifest.scale
+
+    def check(loss_B: torch.Tensor, example: Example) -> None:
+        sigma = flow.path.at(example.t_B).b.float().reshape(-1, 1, 1, 1)
+        torch.testing.assert_close(network.asked[1], example.t_B)
+        torch.testing.assert_close(network.asked[0], example.x_t / (1 + sigma**2).sqrt())
+        torch.testing.assert_close(loss_B, flow.loss_B(torch.zeros_like(x0), example))
+
+    eps = flow.coupling.noise(x0, draws, 8)
+    losses = made.loss(network, batch, draws)
+    check(losses.by_time[0], flow.example(x0, eps, flow.times(draws, 8)))
+    torch.testing.assert_close(losses.total, losses.by_time[0].mean())
+    check(made.validate(network, batch, draws), flow.validation_example(x0, eps, batch.positions))
 
 
 def test_a_resumed_training_of_another_objective_is_exact(stage, training, history):
