@@ -253,7 +253,8 @@ class SingleBlock(Block):
     def _run(self, x_BSD: Tensor, vec_BD: Tensor, layout: Layout, rotation: Rotation | None) -> Tensor:
         shift, scale, gate = layout.for_joint(self.modulation(vec_BD)).chunk(3, dim=-1)
         *qkv, hidden = self.inner(modulated_norm(x_BSD, shift, scale)).split(self.sizes, dim=-1)
-        attended = attend(*self.heads(*qkv, rotation), layout).flatten(-2)
+        q, k, v = self.heads(*qkv, rotation)
+        attended = attend(q, k, v, layout).flatten(-2)
         both = torch.cat([attended, F.gelu(hidden, approximate="tanh")], dim=-1)
         return gated_residual(x_BSD, gate, self.outer(both))
 
