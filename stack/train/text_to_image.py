@@ -85,7 +85,10 @@ def check_encoders(snap: Snapshot) -> TextConfig:
 def _read(path: Path, config: MMDiTConfig) -> MMDiT:
     """The model in `path`, in float32; UserError where it is not the one that the configuration describes."""
     network, found = convert.load(path, torch.float32)
-    keys = [key for key in MMDiTConfig.model_fields if key != "preset" and getattr(found, key) != getattr(config, key)]
+    unused = {"preset"}
+    if config.rope_axes:
+        unused |= {"position_table_size", "position_base_size", "position_origin"}
+    keys = [k for k in MMDiTConfig.model_fields if k not in unused and getattr(found, k) != getattr(config, k)]
     if keys:
         has, wanted = ({key: getattr(c, key) for key in keys} for c in (found, config))
         raise UserError(f"init.from={path} is another model than objective.model: it has {has}, expected {wanted}")

@@ -13,7 +13,8 @@ import yaml
 from PIL import Image
 
 from stack.log import read_metrics
-from stack.models.mmdit import Block
+from stack.models.convert import save
+from stack.models.mmdit import Block, MMDiT, MMDiTConfig
 from stack.nn import attention
 from stack.parallel import engine
 from stack.train import loop
@@ -210,3 +211,14 @@ def test_another_objective_has_no_use_for_them(stage, mmdit, tmp_path, override,
     done = mmdit("train", stage.folder / "autoencoder.yaml", f"run.dir={tmp_path / 'run'}", override)
     assert done.returncode == 2, done.stderr
     assert f"{key} is for an MM-DiT: objective.kind=autoencoder" in done.stderr
+
+
+def test_positions_that_are_not_used_do_not_make_another_model(stage, mmdit, tmp_path):
+    """A file of a model with rotary positions has no word of a table."""
+    model = {"preset": "flux-test", "context_dim": 128, "pooled_dim": 128, "position_table_size": 64}
+    network = MMDiT(MMDiTConfig(**model))
+    network.init_weights(0)
+    save(network, tmp_path / "model", "diffusers")
+    config = configure(stage, "rotary", {"model": model}, init={"from": str(tmp_path / "model")})
+    done = mmdit("train", config, "schedule.steps=1", "schedule.warmup=1")
+    assert done.returncode == 0, done.stderr
