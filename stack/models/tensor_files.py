@@ -102,7 +102,7 @@ def write_file(path: Path, tensors: Sequence[Pending], dtype: torch.dtype, metad
     with publish(path) as temporary, temporary.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors:
-            made = tensor.make().to(dtype)
+            made = tensor.make().to("cpu", dtype)
             assert made.shape == tensor.shape
             file.write(made.contiguous().view(torch.uint8).numpy().data)
 
