@@ -44,9 +44,10 @@ def _train(config: Path, overrides: tuple[str, ...], ranks: int, dry_run: bool) 
     from stack.train.guard import NonFiniteError
     from stack.train.loop import train
     from stack.train.preempt import EXIT_CODE
-    from stack.train.recipe import build
+    from stack.train.recipe import build, check
 
     if dry_run:
+        check(resolved, dist.device())
         check_division(resolved.data.batch_size, ranks, resolved.parallel.accumulate)
         data, objective = build(resolved, dist.device())
         count = sum(p.numel() for p in objective.network.parameters())

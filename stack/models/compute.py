@@ -9,12 +9,14 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
 
+import torch
 from pydantic import PositiveInt
+from torch import nn
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
-from stack.config import Config
-from stack.models.mmdit import Block, MMDiT
-from stack.nn.attention import Backend
+from stack.config import Config, UserError
+from stack.models.mmdit import Block, MMDiT, MMDiTConfig
+from stack.nn.attention import Backend, choose
 
 
 class ComputeConfig(Config):
@@ -22,19 +24,28 @@ class ComputeConfig(Config):
     """auto takes the fastest that runs here; another that does not run here is an error."""
     compile: bool = False
     """torch.compile, one kind of block at a time: all blocks of a kind share one compilation, whatever the
-    captions' lengths."""
+    captions' lengths, and a second one for batches whose captions are all of one length."""
     recompute: Literal["none", "all", "selective"] = "none"
     """What the backward pass computes again instead of keeping it in memory. all: a block's whole forward pass
-    (arXiv 1604.06174). selective: all but attention, whose result is kept."""
+    (arXiv 1604.06174). selective: all but attention, whose result is kept, of sdpa and varlen."""
     recompute_every: PositiveInt = 1
     """Of every so many blocks, one is computed again."""
 
 
-def configure(model: MMDiT, config: ComputeConfig) -> None:
-    """Make `model` compute as `config` says."""
-    model.attention = config.attention
+def check(config: ComputeConfig, model: MMDiTConfig, device: torch.device, dtype: torch.dtype) -> None:
+    """UserError where a training of `model` in `dtype` on `device` cannot compute as `config` says."""
+    attention = choose(config.attention, device, dtype, model.head_size, backward=True)
+    if config.recompute == "selective" and attention not in ("sdpa", "varlen"):
+        raise UserError(f"compute.recompute=selective keeps what sdpa and varlen attend to, not attention={attention}")
+
+
+def configure(network: nn.Module, config: ComputeConfig) -> None:
+    """Make an MM-DiT compute as `config` says; other networks have nothing to configure."""
+    if not isinstance(network, MMDiT):
+        return
+    network.attention = config.attention
     recompute = {"none": None, "all": {}, "selective": {"context_fn": _selective()}}[config.recompute]
-    blocks = [block for block in model.modules() if isinstance(block, Block)]
+    blocks = [block for block in network.modules() if isinstance(block, Block)]
     for number, block in enumerate(blocks):
         block.recompute = recompute if number % config.recompute_every == 0 else None
         if config.compile:
@@ -42,7 +53,7 @@ def configure(model: MMDiT, config: ComputeConfig) -> None:
 
 
 def _selective() -> Callable[[], Any]:
-    """Keeps the results of attention, whichever operator computes it."""
+    """Keeps the results of attention, whichever operator of sdpa's and varlen's computes it."""
     import torch.nn.attention.varlen
 
     aten = torch.ops.aten

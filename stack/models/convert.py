@@ -1,9 +1,8 @@
 """Weights in the formats people use: diffusers' folders and the authors' single files, of SD3, SD3.5 and FLUX.1.
 
 `load` reads any of them and this stack's own, `save` writes the published ones. Both are strict: every tensor is
-accounted for, and what a format cannot hold is refused. Tensors are read one by one, so that one copy of a model is
-held. What is written in the model's dtype is written from its memory, but for the few tensors that others order
-otherwise; in another dtype, a file of a folder is converted at a time, and a single file as a whole.
+accounted for, and what a format cannot hold is refused. Tensors are read and written one by one, so that one copy of a
+model is held.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from stack.files import publish
 from stack.models.keys import SAME, Family, Form, Layout, Tensors, rows
 from stack.models.mmdit import MMDiT, MMDiTConfig
 from stack.models.tensor_files import Pending, TensorSource, write_file, write_folder
-from stack.nn.embed import sincos_positions, table_coordinates
+from stack.nn.embed import MAX_PERIOD, sincos_positions, table_coordinates
 
 CLASSES: dict[Family, str] = {"sd3": "SD3Transformer2DModel", "flux": "FluxTransformer2DModel"}
 POSITIONS: dict[Layout, str] = {"original": "pos_embed", "diffusers": "pos_embed.pos_embed"}
@@ -170,8 +169,7 @@ def _sd3_config(source: TensorSource, prefix: str, names: set[str]) -> MMDiTConf
         qk_norm=norm in names,
         image_attention=sum(name.endswith("x_block.attn2.proj.bias") for name in names),
         position_table_size=table_size,
-        # The second column's first channel is the sine of one step.
-        position_base_size=round(math.asin(source.take(prefix + "pos_embed")[0, 1, 0].item()) * table_size),
+        position_base_size=_base_size(source.take(prefix + "pos_embed")[0], table_size),
     )
 
 
@@ -210,6 +208,10 @@ def family_of(config: MMDiTConfig, layout: Layout) -> Family:
             needs["rope_axes"] = flux_axes(config.head_size)
     else:
         needs |= {"single_depth": 0, "guidance_embedding": False, "position_origin": 0}
+        needs["position_base_size"] = round(config.position_base_size)
+        if layout == "original":
+            first = next(_position_rows(config)).bfloat16()
+            needs["position_base_size"] = _base_size(first, config.position_table_size)
         if layout == "original" and not config.qk_norm:
             needs["num_heads"] = config.width // SD3_HEAD_SIZE
     for key, needed in needs.items():
@@ -307,6 +309,16 @@ def _position_rows(config: MMDiTConfig) -> Iterator[Tensor]:
     side = table_coordinates(config.position_table_size, config.position_table_size, config.position_base_size)
     for row in side:
         yield sincos_positions(row[None], side, config.width)
+
+
+def _base_size(table_ND: Tensor, table_size: int) -> int:
+    """Of a position table: its second column begins with the sines of one step.
+
+    Of the width/4 frequencies one is taken in which no step comes near a quarter turn, nor a sine near zero.
+    """
+    quarter = table_ND.shape[1] // 4
+    sine = table_ND[1, quarter // 2].item()
+    return round(math.asin(sine) * MAX_PERIOD ** (quarter // 2 / quarter) * table_size)
 
 
 def _position_table(config: MMDiTConfig) -> Tensor:

@@ -6,7 +6,7 @@ module, theirs, and how the two hold a tensor; several of theirs stand one below
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Literal, NamedTuple
 
 import torch
@@ -216,13 +216,14 @@ def rows(config: MMDiTConfig, family: Family, layout: Layout) -> Iterator[Tensor
     prefix, double = table.double
     for index in range(config.depth):
         is_last = index == config.depth - 1 and config.single_depth == 0
-        yield from _expand(double + (table.last if is_last else []), f"blocks.{index}.", f"{prefix}.{index}.")
+        of_block = {row[0]: row for row in double + (table.last if is_last else [])}  # the last's win
+        yield from _expand(of_block.values(), f"blocks.{index}.", f"{prefix}.{index}.")
     prefix, single = table.single
     for index in range(config.single_depth):
         yield from _expand(single, f"single_blocks.{index}.", f"{prefix}.{index}.")
 
 
-def _expand(table: list[Row], ours: str, theirs: str) -> Iterator[Tensors]:
+def _expand(table: Iterable[Row], ours: str, theirs: str) -> Iterator[Tensors]:
     for module, names, *form in table:
         parts = [theirs + name for name in names.split()]
         if module.endswith(("norm_q", "norm_k")):

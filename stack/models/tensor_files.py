@@ -16,6 +16,8 @@ from stack.files import publish
 
 STEMS = ("diffusion_pytorch_model", "model")
 """What diffusers and others call a folder's weights."""
+DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+"""As a safetensors header names them."""
 
 
 class TensorSource:
@@ -88,17 +90,27 @@ class Pending(NamedTuple):
 
 
 def write_file(path: Path, tensors: Sequence[Pending], dtype: torch.dtype, metadata: Mapping[str, str]) -> None:
-    from safetensors.torch import save_file
-
-    made = {tensor.name: tensor.make().to(dtype).contiguous() for tensor in tensors}
-    with publish(path) as temporary:
-        save_file(made, temporary, metadata=dict(metadata))
+    """A safetensors file: eight bytes with the length of its header, the header, and the tensors' bytes."""
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    start = 0
+    for name, shape, _ in tensors:
+        stop = start + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": DTYPES[dtype], "shape": shape, "data_offsets": (start, stop)}
+        start = stop
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # so that tensors are aligned
+    with publish(path) as temporary, temporary.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors:
+            made = tensor.make().to("cpu", dtype)
+            assert made.shape == tensor.shape
+            file.write(made.contiguous().view(torch.uint8).numpy().data)
 
 
 def write_folder(
     folder: Path, tensors: Sequence[Pending], dtype: torch.dtype, metadata: Mapping[str, str], shard_bytes: int
 ) -> None:
-    """One file, or several of at most `shard_bytes` each with the index that diffusers reads."""
+    """One file, or several of at most `shard_bytes` each with the index that diffusers reads, in place of others."""
     sizes = [math.prod(tensor.shape) * dtype.itemsize for tensor in tensors]
     shards: list[list[Pending]] = [[]]
     used = 0
@@ -108,14 +120,19 @@ def write_folder(
             used = 0
         shards[-1].append(tensor)
         used += size
-    stem = STEMS[0]
+    whole, index = folder / f"{STEMS[0]}.safetensors", folder / f"{STEMS[0]}.safetensors.index.json"
+    stale = {whole, index, *folder.glob(f"{STEMS[0]}-*-of-*.safetensors")}
     if len(shards) == 1:
-        write_file(folder / f"{stem}.safetensors", tensors, dtype, metadata)
-        return
-    file_of: dict[str, str] = {}
-    for number, shard in enumerate(shards, 1):
-        name = f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"
-        write_file(folder / name, shard, dtype, metadata)
-        file_of.update((tensor.name, name) for tensor in shard)
-    with publish(folder / f"{stem}.safetensors.index.json") as temporary:
-        temporary.write_text(json.dumps({"metadata": {"total_size": sum(sizes)}, "weight_map": file_of}, indent=2))
+        write_file(whole, tensors, dtype, metadata)
+        stale -= {whole}
+    else:
+        file_of: dict[str, str] = {}
+        for number, shard in enumerate(shards, 1):
+            name = f"{STEMS[0]}-{number:05d}-of-{len(shards):05d}.safetensors"
+            write_file(folder / name, shard, dtype, metadata)
+            file_of.update((tensor.name, name) for tensor in shard)
+        with publish(index) as temporary:
+            temporary.write_text(json.dumps({"metadata": {"total_size": sum(sizes)}, "weight_map": file_of}, indent=2))
+        stale -= {index, *(folder / name for name in file_of.values())}
+    for path in stale:  # of the other form or cut: readers would take them for this model's
+        path.unlink(missing_ok=True)

@@ -42,14 +42,22 @@ def choose(wanted: Backend, device: torch.device, dtype: torch.dtype, head_size:
 
     Raises UserError, with the reason, where `wanted` cannot compute them.
     """
-    reasons = {name: backend.refuses(device, dtype, head_size, backward) for name, backend in _BACKENDS.items()}
+
+    def refusal(name: str) -> str | None:
+        return _BACKENDS[name].refuses(device, dtype, head_size, backward)
+
     if wanted != "auto":
-        if reasons[wanted]:
-            raise UserError(f"compute.attention={wanted}: {reasons[wanted]}")
+        if reason := refusal(wanted):
+            raise UserError(f"compute.attention={wanted}: {reason}")
         return wanted
-    chosen = next(name for name in ("varlen", "sdpa") if reasons[name] is None)
-    say(f"attention: {chosen} on {device.type} in {str(dtype).removeprefix('torch.')}")
+    chosen = next(name for name in ("varlen", "sdpa") if refusal(name) is None)
+    _tell(chosen, device.type, dtype)
     return chosen
+
+
+@cache
+def _tell(chosen: str, device_type: str, dtype: torch.dtype) -> None:
+    say(f"attention: {chosen} on {device_type} in {str(dtype).removeprefix('torch.')}")
 
 
 class _Backend(NamedTuple):
@@ -57,6 +65,10 @@ class _Backend(NamedTuple):
     row: Callable[[Tensor, Tensor, Tensor, Packing], Tensor]
     refuses: Callable[[torch.device, torch.dtype, int, bool], str | None]
     """Why it can't compute on a device, in a dtype, with heads of a size, backward too; None where it can."""
+
+
+AMPERE = (8, 0)
+"""The compute capability from which on GPUs have bfloat16, and flash attention runs."""
 
 
 def _never(device: torch.device, dtype: torch.dtype, head_size: int, backward: bool) -> None:
@@ -158,7 +170,12 @@ def _varlen_refuses(device: torch.device, dtype: torch.dtype, head_size: int, ba
         return f"needs bfloat16 or float16 on a GPU, got {dtype} on {device.type}"
     if head_size % 8 or head_size > 256:
         return f"needs heads of a multiple of 8 up to 256, got {head_size}"
-    return None
+    return _too_old(device)
+
+
+def _too_old(device: torch.device) -> str | None:
+    major, minor = torch.cuda.get_device_capability(device)
+    return None if (major, minor) >= AMPERE else f"needs compute capability 8.0, this GPU has {major}.{minor}"
 
 
 @cache
@@ -177,6 +194,8 @@ def _flex(q: Tensor, k: Tensor, v: Tensor, packing: Packing | None = None) -> Te
 def _flex_refuses(device: torch.device, dtype: torch.dtype, head_size: int, backward: bool) -> str | None:
     if device.type != "cuda" and backward:
         return f"has no backward pass on {device.type}"
+    if device.type == "cuda" and head_size < 16:
+        return f"needs heads of 16 or more on a GPU, got {head_size}"
     return None
 
 
@@ -199,7 +218,12 @@ def _xformers_refuses(device: torch.device, dtype: torch.dtype, head_size: int, 
         import xformers.ops  # noqa: F401
     except ImportError as error:
         return f"xformers cannot be imported ({error})"
-    return None
+    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return f"needs bfloat16, float16 or float32, got {dtype}"
+    multiple = 16 // dtype.itemsize  # rows are read 16 bytes at a time
+    if head_size % multiple:
+        return f"needs heads of a multiple of {multiple} in {dtype}, got {head_size}"
+    return _too_old(device) if dtype == torch.bfloat16 else None
 
 
 def _reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from stack.data.safety import RejectLog
 from stack.files import lock, publish
 from stack.flow.noise import NoisePlan
 from stack.log import Metrics, progress, say
+from stack.models.compute import configure
 from stack.parallel import engine as engines
 from stack.parallel.ema import Ema
 from stack.train import snapshot
@@ -30,7 +31,7 @@ from stack.train.guard import Guard
 from stack.train.metrics import Sums
 from stack.train.objective import Objective
 from stack.train.preempt import Preemption
-from stack.train.recipe import TrainConfig, build
+from stack.train.recipe import TrainConfig, build, check
 from stack.train.schedule import learning_rate, steps_of
 from stack.train.watchdog import Watchdog
 
@@ -42,6 +43,7 @@ def train(config: TrainConfig) -> bool:
     """
     run, seed, size = config.run.dir, config.run.seed, config.data.batch_size
     accumulate, device = config.parallel.accumulate, dist.device()
+    check(config, device)
     total = steps_of(config.schedule.steps, size)
     save_every, snapshot_every = steps_of(config.checkpoint.every, size), steps_of(config.snapshot.every, size)
     keep_every = steps_of(config.checkpoint.keep_every, size) if config.checkpoint.keep_every else 0
@@ -52,6 +54,7 @@ def train(config: TrainConfig) -> bool:
         data, objective = _build(config, device, begin=state is None)
         check_division(size, dist.world_size(), accumulate)
         averaged = copy.deepcopy(objective.network) if dist.rank() == 0 else None
+        configure(objective.network, config.compute)  # not the copy, which computes as readers of snapshots do
         micro_batch_size = size // dist.world_size() // accumulate
         engine = engines.build(objective.network, config.optim, config.parallel, micro_batch_size)
         ema = Ema(engine, config.ema)

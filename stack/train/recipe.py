@@ -12,7 +12,9 @@ from stack.config import Config, UserError
 from stack.data.dataset import ImageData, ImageDataset, LatentData, LatentDataset, ShardData
 from stack.data.safety import RejectLog
 from stack.log import LogConfig
+from stack.models import compute
 from stack.models.compute import ComputeConfig
+from stack.models.mmdit import MMDiTConfig
 from stack.parallel.ema import EmaConfig
 from stack.parallel.engine import OptimConfig, ParallelConfig
 from stack.train.autoencoder import AutoencoderConfig, AutoencoderObjective
@@ -54,6 +56,21 @@ class TrainConfig(Config):
     log: LogConfig = LogConfig()
 
 
+def check(config: TrainConfig, device: torch.device) -> None:
+    """UserError for what a training on `device` refuses before anything is built."""
+    objective, parallel = config.objective, config.parallel
+    model = objective.model if isinstance(objective, TextToImageConfig) else None
+    if not isinstance(model, MMDiTConfig):
+        kind = f"objective.model.kind={model.kind}" if model else f"objective.kind={objective.kind}"
+        for key, given in (("init.from", config.init), ("compute", config.compute != ComputeConfig())):
+            if given:
+                raise UserError(f"{key} is for an MM-DiT: {kind} has no use for it")
+        return
+    if config.compute.compile and parallel.engine == "zero" and parallel.zero_stage == 3:
+        raise UserError("compute.compile and parallel.zero_stage=3 exclude each other: each layer is compiled anew")
+    compute.check(config.compute, model, device, parallel.dtype(device))
+
+
 def build(
     config: TrainConfig, device: torch.device, rejected: RejectLog | None = None, begin: bool = False
 ) -> tuple[ShardData, Objective]:
@@ -66,11 +83,8 @@ def build(
     if isinstance(data, LatentData) and isinstance(objective, TextToImageConfig):
         latents = LatentDataset(data, seed)
         init = config.init.get("from") if begin else None
-        return latents, TextToImage(objective, latents, seed, device, config.compute, init)
+        return latents, TextToImage(objective, latents, seed, device, init)
     if isinstance(data, ImageData) and not isinstance(objective, TextToImageConfig):
-        for key, value in (("init", config.init), ("compute", config.compute)):
-            if value != TrainConfig.model_fields[key].default:
-                raise UserError(f"{key} is for an MM-DiT: objective.kind={objective.kind} has no use for it")
         images = ImageDataset(data, seed, rejected, getattr(objective, "classes", None) or None)
         if isinstance(objective, AutoencoderConfig):
             return images, AutoencoderObjective(objective, images, seed, device)

@@ -22,10 +22,8 @@ from stack.flow.noise import Draws
 from stack.flow.process import Example, FlowConfig
 from stack.models import captioned, convert
 from stack.models.captioned import CaptionNetwork
-from stack.models.compute import ComputeConfig, configure
 from stack.models.flops import flops_per_sample
 from stack.models.mmdit import MMDiT, MMDiTConfig
-from stack.models.unet import UNetConfig
 from stack.text.conditioning import EncodedText, join
 from stack.text.encoders import TextConfig, TextEncoders, fingerprints
 from stack.train.objective import Losses
@@ -87,25 +85,14 @@ def check_encoders(snap: Snapshot) -> TextConfig:
 def _read(path: Path, config: MMDiTConfig) -> MMDiT:
     """The model in `path`, in float32; UserError where it is not the one that the configuration describes."""
     network, found = convert.load(path, torch.float32)
-    keys = [key for key in MMDiTConfig.model_fields if key != "preset" and getattr(found, key) != getattr(config, key)]
+    unused = {"preset"}
+    if config.rope_axes:
+        unused |= {"position_table_size", "position_base_size", "position_origin"}
+    keys = [k for k in MMDiTConfig.model_fields if k not in unused and getattr(found, k) != getattr(config, k)]
     if keys:
         has, wanted = ({key: getattr(c, key) for key in keys} for c in (found, config))
         raise UserError(f"init.from={path} is another model than objective.model: it has {has}, expected {wanted}")
     return network
-
-
-def _check_model(
-    model: MMDiTConfig | UNetConfig, compute: ComputeConfig, init: Path | None, channels: int, folder: str | Path
-) -> None:
-    if isinstance(model, MMDiTConfig):
-        if model.in_channels != channels:
-            raise UserError(
-                f"objective.model.in_channels is {model.in_channels}, the latents of {folder} have {channels} channels"
-            )
-        return
-    for key, given in (("init.from", init is not None), ("compute", compute != ComputeConfig())):
-        if given:
-            raise UserError(f"{key} is for an MM-DiT: objective.model.kind={model.kind} has no use for it")
 
 
 class TextToImage:
@@ -117,13 +104,16 @@ class TextToImage:
         data: LatentDataset,
         seed: int,
         device: torch.device,
-        compute: ComputeConfig,
         init: Path | None = None,
     ):
         manifest = data.manifest
         self._encoders = encoder_fingerprints(config.text, config.autoencoder)
         manifest.check(data.folder, self._encoders, config.text)
-        _check_model(config.model, compute, init, manifest.latent_channels, data.folder)
+        if isinstance(config.model, MMDiTConfig) and config.model.in_channels != manifest.latent_channels:
+            raise UserError(
+                f"objective.model.in_channels is {config.model.in_channels}, the latents of {data.folder} have "
+                f"{manifest.latent_channels} channels"
+            )
         if config.coupling.kind == "paired":
             raise UserError("objective.coupling.kind=paired: latents have no second image to begin with")
         config.preview.check(config)
@@ -137,14 +127,11 @@ class TextToImage:
         self._check_widths(config, manifest.empty_text)
         self._device = device
         self._sampler: Sampler | None = None
-        network: CaptionNetwork
+        self.network: nn.Module
         if init and isinstance(config.model, MMDiTConfig):
-            network = _read(init, config.model)
+            self.network = _read(init, config.model)
         else:
-            network = captioned.build(config.model, manifest.latent_channels, seed)
-        if isinstance(network, MMDiT):
-            configure(network, compute)
-        self.network: nn.Module = network
+            self.network = captioned.build(config.model, manifest.latent_channels, seed)
 
     @staticmethod
     def _check_widths(config: TextToImageConfig, text: EncodedText) -> None:

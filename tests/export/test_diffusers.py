@@ -262,6 +262,12 @@ def test_a_run_goes_on_from_what_was_exported(stage, mmdit, tmp_path):
         losses[target] = [line["loss"] for line in lines if "loss" in line]
     assert losses["diffusers"] == losses["single"] == losses["stack"]
     assert losses["stack"][0] != losses["stack"][1]
+    lines = [json.loads(line) for line in (tmp_path / "first" / "metrics.jsonl").read_text().splitlines()]
+    assert losses["stack"][0] != lines[0]["loss"]  # of the same batch and noise, before anything was learnt
+    another = (f"run.dir={tmp_path / 'third'}", f"init.from={tmp_path / 'own'}", "objective.model.depth=3")
+    done = mmdit("train", first, *another)
+    assert done.returncode == 2
+    assert "is another model than objective.model: it has {'depth': 2}, expected {'depth': 3}" in done.stderr
     card = (tmp_path / "pipeline" / "README.md").read_text()
     assert "for 4 steps (32 samples)" in card
     assert (tmp_path / "pipeline" / "preview.png").exists()

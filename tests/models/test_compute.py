@@ -10,8 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from stack.models.compute import ComputeConfig, configure
+from stack.config import UserError
+from stack.models.compute import ComputeConfig, check, configure
 from stack.models.mmdit import Block, MMDiT, MMDiTConfig
+
+CPU = torch.device("cpu")
 
 
 def model_of(preset: str, **keys: Any) -> MMDiT:
@@ -62,11 +65,16 @@ class Counted(TorchDispatchMode):
         self.attention = self.activation = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.attention += func is torch.ops.mmdit.attend_samples.default
+        self.attention += func in (
+            torch.ops.mmdit.attend_samples.default,
+            torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+        )
         self.activation += func is torch.ops.aten.gelu.default
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.parametrize("lengths", [(5, 2), (5, 5)])
+@pytest.mark.parametrize("backend", ["sdpa", "varlen"])
 @pytest.mark.parametrize(
     ("keys", "attention", "activation"),
     [
@@ -78,13 +86,21 @@ class Counted(TorchDispatchMode):
     ],
 )
 def test_nothing_is_computed_again_that_was_not_asked_for(
-    keys: dict[str, Any], attention: int, activation: int
+    keys: dict[str, Any], attention: int, activation: int, backend: Any, lengths: tuple[int, ...]
 ) -> None:
     model = model_of("mmdit-test", depth=4)
-    configure(model, ComputeConfig(**keys))
+    config = ComputeConfig(attention=backend, **keys)
+    check(config, model.config, CPU, torch.float32)
+    configure(model, config)
     with Counted() as counted:
-        gradients(model, (5, 2))
+        gradients(model, lengths)
     assert (counted.attention, counted.activation) == (attention, activation)
+
+
+def test_attention_whose_result_cannot_be_kept_is_refused() -> None:
+    config, model = ComputeConfig(recompute="selective", attention="reference"), MMDiTConfig.from_preset("mmdit-test")
+    with pytest.raises(UserError, match=r"recompute=selective keeps what sdpa and varlen .* not attention=reference"):
+        check(config, model, CPU, torch.float32)
 
 
 def test_without_gradients_nothing_is_recomputed() -> None:
@@ -97,7 +113,8 @@ def test_without_gradients_nothing_is_recomputed() -> None:
 
 @pytest.mark.parametrize(("preset", "kinds"), [("mmdit-test", 2), ("flux-test", 2)])
 def test_a_kind_of_block_is_compiled_once(preset: str, kinds: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """For all its blocks and all captions' lengths. SD3's last block is of a kind of its own."""
+    """For all its blocks and all captions' lengths, and once more for equal ones. SD3's last block is of a kind of its
+    own."""
     graphs = []
 
     def backend(graph: Any, inputs: Any) -> Any:
@@ -108,12 +125,12 @@ def test_a_kind_of_block_is_compiled_once(preset: str, kinds: int, monkeypatch: 
     torch._dynamo.reset()
     depth = {"depth": 4} if preset == "mmdit-test" else {"depth": 3, "single_depth": 3}
     model = model_of(preset, **depth)
-    batches = [(5, 2), (3, 4), (9, 1)]
+    batches = [(5, 2), (3, 4), (9, 1), (5, 5), (7, 7), (4, 4)]
     expected = [gradients(model, lengths) for lengths in batches]
     configure(model, ComputeConfig(compile=True))
-    for lengths, eager in zip(batches, expected, strict=True):
+    for number, (lengths, eager) in enumerate(zip(batches, expected, strict=True)):
         assert_equal(gradients(model, lengths), eager, 1e-5)
-    assert len(graphs) == kinds
+        assert len(graphs) == (kinds if number < 3 else 2 * kinds)
     assert not torch._dynamo.utils.counters["graph_break"]
 
 

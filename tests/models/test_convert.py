@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
+import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,10 +22,12 @@ from stack.config import UserError
 from stack.models.convert import diffusers_config, load, save
 from stack.models.mmdit import MMDiT, MMDiTConfig
 
+ROOT = Path(__file__).parents[2]
 # Head sizes of 64 and 32 are those by which the authors' files tell SD3's and FLUX's number of heads.
 KINDS: dict[str, dict[str, Any]] = {
     "sd3-medium": {"width": 128, "num_heads": 2, "qk_norm": False, "depth": 3},
     "sd3.5-large": {"qk_norm": True, "depth": 3},
+    "sd3.5-wide": {"qk_norm": True, "position_table_size": 16, "position_base_size": 48},  # steps of three radians
     "sd3.5-medium": {"qk_norm": True, "depth": 3, "image_attention": 2, "position_table_size": 24},
     "flux-dev": {"preset": "flux-test", "guidance_embedding": True},
     "flux-schnell": {"preset": "flux-test"},
@@ -32,11 +38,11 @@ def config_of(kind: str) -> MMDiTConfig:
     return MMDiTConfig(**{"preset": "mmdit-test", **KINDS[kind]})
 
 
-def randomised(config: MMDiTConfig, dtype: torch.dtype = torch.float32) -> MMDiT:
+def randomised(config: MMDiTConfig, dtype: torch.dtype = torch.float32, seed: int = 0) -> MMDiT:
     model = MMDiT(config).to(dtype)
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.15, generator=generator)
+        nn.init.normal_(parameter, std=0.1, generator=generator)
     return model
 
 
@@ -118,7 +124,7 @@ def test_output_and_gradients_equal_diffusers(kind: str, dtype: torch.dtype, tol
         x.grad = None
     (expected * weights).sum().backward()
     for gradient, x in zip(gradients, wanted, strict=True):
-        assert relative(gradient, x.grad) < 10 * tolerance
+        assert relative(gradient, x.grad) < tolerance
     # The gradients of all weights: they are a model's weights as well, and go the same way into diffusers' names.
     for parameter in ours.parameters():
         parameter.data = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
@@ -127,7 +133,7 @@ def test_output_and_gradients_equal_diffusers(kind: str, dtype: torch.dtype, tol
     scale = max(p.grad.abs().max() for p in theirs.parameters() if p.grad is not None)
     for name, parameter in theirs.named_parameters():
         gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        assert (converted[name] - gradient).abs().max() / scale < 10 * tolerance, name
+        assert (converted[name] - gradient).abs().max() / scale < tolerance, name
 
 
 @pytest.mark.parametrize("layout", ["diffusers", "original"])
@@ -155,12 +161,72 @@ def test_a_folder_that_diffusers_wrote_goes_there_and_back(kind: str, tmp_path: 
     assert len(list((tmp_path / "theirs").glob("*.safetensors"))) > 1
     model, _ = load(tmp_path / "theirs")
     save(model, tmp_path / "ours", "diffusers", shard_bytes=300_000)
+    index = json.loads((tmp_path / "ours" / "diffusion_pytorch_model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(x.numel() * x.itemsize for x in theirs.state_dict().values())
     before, after = (
         {name: x for file in (tmp_path / folder).glob("*.safetensors") for name, x in load_file(file).items()}
         for folder in ("theirs", "ours")
     )
     assert before.keys() == after.keys()
     assert all(before[name].equal(after[name]) for name in before)
+
+
+def test_a_folder_holds_one_model(tmp_path: Path) -> None:
+    """Written to again, it has nothing left of what it held, in whatever number of files either is."""
+    one, two = randomised(config_of("flux-dev")), randomised(config_of("flux-schnell"), seed=1)
+    variant = tmp_path / "diffusion_pytorch_model.fp16.safetensors"
+    variant.touch()
+    for model, shard_bytes in ((one, 300_000), (two, 10**9), (one, 300_000), (two, 500_000)):
+        save(model, tmp_path, "diffusers", shard_bytes=shard_bytes)
+        for read in (load(tmp_path)[0], diffusers_model(tmp_path, torch.float32)):
+            weights = [p for name, p in read.named_parameters() if name in ("txt_in.weight", "context_embedder.weight")]
+            assert torch.equal(weights[0], model.txt_in.weight)
+        index = tmp_path / "diffusion_pytorch_model.safetensors.index.json"
+        names = {"diffusion_pytorch_model.safetensors"}
+        if index.exists():
+            names = {index.name, *json.loads(index.read_text())["weight_map"].values()}
+        assert {path.name for path in tmp_path.iterdir()} == names | {"config.json", variant.name}
+
+
+@pytest.mark.parametrize("layout", ["diffusers", "original"])
+def test_one_copy_of_a_model_is_held(layout: Any, tmp_path: Path) -> None:
+    """While it is written and read in another dtype."""
+
+    def most(step: str) -> Any:
+        arguments = [sys.executable, __file__, step, str(tmp_path), layout]
+        done = subprocess.run(arguments, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    grown, weights, largest = most("save")
+    assert weights > 20 * largest
+    assert grown < 4 * largest
+    grown, *_ = most("load")
+    assert (
+        grown < weights + weights // 2 + 4 * largest
+    )  # beside the model, the file, whose pages count while it is read
+
+
+def grow(step: str, folder: Path, layout: Any) -> None:
+    """Prints by how many bytes the most that the process ever held grows in `step`, those of the weights in float32,
+    and of the largest of them. The step is done on a small model first, which pays for imports."""
+
+    def most() -> int:
+        found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+        assert found is not None
+        return int(found[1]) * 1024
+
+    large = MMDiTConfig.from_preset("flux-test", width=512, num_heads=16, depth=2, single_depth=6, context_dim=64)
+    sizes, before = [0], 0
+    for name, config in (("small", config_of("flux-dev")), ("large", large)):
+        if step == "save":
+            model = randomised(config)
+            sizes, before = [p.nbytes for p in model.parameters()], most()
+            save(model, folder / name, layout, torch.bfloat16)
+        else:
+            before = most()
+            load(folder / name, torch.float32)
+    print(json.dumps([most() - before, sum(sizes), max(sizes)]))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -250,6 +316,9 @@ def test_what_is_no_model_is_said(tmp_path: Path) -> None:
         ("mmdit-test", {"mlp_ratio": 2}, "diffusers", "has mlp_ratio=4 always, this model 2"),
         ("mmdit-test", {"qk_norm": False}, "original", "has num_heads=1 always, this model 2"),
         ("mmdit-test", {"position_origin": 1.0}, "diffusers", "has position_origin=0 always"),
+        ("mmdit-test", {"position_base_size": 16.5}, "diffusers", "position_base_size=16 always, this model 16.5"),
+        ("mmdit-test", {"position_base_size": 16.4}, "original", "position_base_size=16 always, this model 16.4"),
+        ("mmdit-test", {"position_base_size": 4096}, "original", "position_base_size=.* always, this model 4096"),
         ("flux-test", {"qk_norm": False}, "diffusers", "has qk_norm=True always"),
         ("flux-test", {"rope_axes": (16, 16)}, "original", r"has rope_axes=\(4, 14, 14\) always"),
     ],
@@ -259,3 +328,7 @@ def test_what_a_format_cannot_hold_is_refused(
 ) -> None:
     with pytest.raises(UserError, match=message):
         save(randomised(MMDiTConfig(preset=preset, **keys)), tmp_path / "x", layout)
+
+
+if __name__ == "__main__":
+    grow(sys.argv[1], Path(sys.argv[2]), sys.argv[3])

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from stack.config import UserError
 from stack.models.mmdit import MMDiT, MMDiTConfig
+from stack.nn.embed import sincos_positions
 from stack.nn.kernels import gated_residual, modulated_norm, norm_rotate
 from stack.nn.linear import decay_groups
 
@@ -76,6 +77,17 @@ def test_positions_of_the_image_matter(preset: str) -> None:
     batch = inputs(config)
     flipped = batch._replace(latent_BCHW=batch.latent_BCHW.roll(2, dims=-1))
     assert relative(model(*flipped).roll(-2, dims=-1), model(*batch)) > 1e-3
+
+
+def test_the_origin_of_positions_matters() -> None:
+    """SD3 §5.3.2: by it a crop at the table's centre has the coordinates that pre-training gave its pixels."""
+    config = MMDiTConfig.from_preset("mmdit-test")
+    moved = MMDiTConfig.from_preset("mmdit-test", position_origin=-6.0)
+    table, moved_table = (MMDiT(c)._position_table(4, 4) for c in (config, moved))
+    # The table's centre begins with patch 6 of 16, a unit apart: moved by 6, it has the coordinates 0 … 3.
+    corner = sincos_positions(*(torch.arange(4.0, dtype=torch.float64),) * 2, config.width)
+    torch.testing.assert_close(moved_table, corner)
+    assert relative(table, moved_table) > 0.1
 
 
 def test_image_tokens_attend_among_themselves_where_asked() -> None:

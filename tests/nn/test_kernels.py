@@ -243,6 +243,8 @@ def compile_kernels() -> None:
     from triton.runtime.driver import driver
     from triton.runtime.jit import JITFunction
 
+    from stack.nn.kernels import fused
+
     target = GPUTarget("cuda", 90, 32)
     driver.set_active(
         SimpleNamespace(
@@ -259,9 +261,11 @@ def compile_kernels() -> None:
     JITFunction.run = compile_only
     for module in MODULES:
         module.runs_fused = lambda x: True
-    for cases, dtype in ((LARGE, torch.bfloat16), (SMALL, torch.float64)):
-        for function, shapes in cases.values():
-            compute(function, [torch.zeros(shape) for shape in shapes], dtype, "cpu")
+    for programs in (fused.PROGRAMS, 3):  # of the backward pass: one token each, or several
+        fused.PROGRAMS = programs
+        for cases, dtype in ((LARGE, torch.bfloat16), (SMALL, torch.float64)):
+            for function, shapes in cases.values():
+                compute(function, [torch.zeros(shape) for shape in shapes], dtype, "cpu")
     forward = {"_modulated_norm", "_gated_residual", "_norm_rotate"}
     assert compiled == forward | {f"{name}_backward" for name in forward}, compiled
 

@@ -26,6 +26,17 @@ def test_loss_by_quarters_of_the_timestep():
     assert not sums.values
 
 
+def test_operations_are_those_of_all_micro_batches(monkeypatch):
+    for peak in (None, 24.0):
+        monkeypatch.setattr(metrics, "peak_tflops", lambda device, peak=peak: peak)
+        sums = Sums()
+        for _ in range(2):
+            sums.add_losses(Losses(torch.tensor(1.0), flop=3 * 10**12), accumulate=2)
+        told = line(sums)
+        assert told["tflops_per_s"] == 12
+        assert told.get("mfu") == (peak and 0.5)
+
+
 def test_sums_go_on_after_a_change_of_the_number_of_ranks():
     sums = Sums([{"loss": 1.0, "steps": 2}, {"loss": 3.0, "steps": 2}])
     assert dict(sums.values) == {"loss": 2.0, "steps": 2}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +16,11 @@ from stack.config import load
 from stack.flow.noise import NoisePlan
 from stack.flow.process import Example, FlowConfig
 from stack.log import read_metrics
+from stack.models.convert import save
+from stack.models.mmdit import Block, MMDiT, MMDiTConfig
+from stack.nn import attention
+from stack.parallel import engine
+from stack.train import loop
 from stack.train.recipe import TrainConfig, build
 
 UNET = {
@@ -183,3 +189,87 @@ def test_only_what_others_expect_is_exported_for_them(trained, mmdit, tmp_path):
     done = mmdit("export", trained("unet"), "-o", tmp_path / "unet.safetensors", "--to", "single")
     assert (done.returncode, "write an MM-DiT" in done.stderr) == (2, True)
     assert mmdit("export", trained("vp"), "-o", tmp_path / "stack").returncode == 0
+
+
+def losses(run: Path) -> list[float]:
+    return [line["loss"] for line in read_metrics(run) if "loss" in line]
+
+
+def test_compute_reaches_the_network_that_is_trained(stage, mmdit, monkeypatch):
+    """And changes nothing in what is learnt."""
+    assert mmdit("train", stage.train_config("plain")).returncode == 0
+    networks = []
+
+    def build_engine(network, *arguments):
+        networks.append(network)
+        return engine.build(network, *arguments)
+
+    monkeypatch.setattr(loop, "engines", SimpleNamespace(build=build_engine))
+    keys = ("compute.attention=sdpa", "compute.recompute=selective", "compute.recompute_every=2")
+    done = mmdit("train", stage.train_config("computed"), *keys)
+    assert done.returncode == 0, done.stderr
+    assert networks[0].attention == "sdpa"
+    blocks = [block for block in networks[0].modules() if isinstance(block, Block)]
+    assert [block.recompute is None for block in blocks] == [False, True]
+    assert losses(stage.folder / "computed") == pytest.approx(losses(stage.folder / "plain"), rel=1e-4)
+    assert all(line["tflops_per_s"] > 0 for line in read_metrics(stage.folder / "computed") if "loss" in line)
+
+
+def test_snapshots_are_looked_at_with_what_runs_for_them(stage, mmdit, monkeypatch):
+    """In float32, where the training's bfloat16 has a backend that takes no other."""
+
+    def refuses(device, dtype, head_size, backward):
+        return None if dtype == torch.bfloat16 else f"needs bfloat16, got {dtype}"
+
+    varlen = attention._BACKENDS["varlen"]
+    monkeypatch.setitem(attention._BACKENDS, "varlen", varlen._replace(refuses=refuses))
+    attention.choose.cache_clear()
+    try:
+        done = mmdit("train", stage.train_config("half"), "compute.attention=varlen", "parallel.precision=bf16")
+    finally:
+        attention.choose.cache_clear()
+    assert done.returncode == 0, done.stderr
+    assert any("val_loss" in line for line in read_metrics(stage.folder / "half"))
+    assert "attention: sdpa on cpu in float32" in done.stderr
+
+
+@pytest.mark.parametrize("options", [(), ("--dry-run",)])
+@pytest.mark.parametrize(
+    ("objective", "overrides", "says"),
+    [
+        ({}, ("compute.attention=xformers",), "compute.attention=xformers: needs a GPU, got cpu"),
+        ({}, ("compute.attention=flex",), "compute.attention=flex: has no backward pass on cpu"),
+        ({}, ("compute.attention=reference", "compute.recompute=selective"), "not attention=reference"),
+        (
+            {},
+            ("compute.compile=true", "parallel.engine=zero", "parallel.zero_stage=3"),
+            "compute.compile and parallel.zero_stage=3 exclude each other",
+        ),
+        ({"model": UNET}, ("compute.recompute=all",), "compute is for an MM-DiT: objective.model.kind=unet"),
+        ({"model": UNET}, ("init.from=x",), "init.from is for an MM-DiT: objective.model.kind=unet"),
+    ],
+)
+def test_what_cannot_be_computed_is_said_before_anything_is_built(stage, mmdit, objective, overrides, says, options):
+    config = configure(stage, "uncomputed", objective, data={"path": "nowhere"})
+    done = mmdit("train", config, *overrides, *options)
+    assert done.returncode == 2, done.stderr
+    assert says in done.stderr
+    assert not (stage.folder / "uncomputed").exists()
+
+
+@pytest.mark.parametrize(("override", "key"), [("compute.recompute=all", "compute"), ("init.from=x", "init.from")])
+def test_another_objective_has_no_use_for_them(stage, mmdit, tmp_path, override, key):
+    done = mmdit("train", stage.folder / "autoencoder.yaml", f"run.dir={tmp_path / 'run'}", override)
+    assert done.returncode == 2, done.stderr
+    assert f"{key} is for an MM-DiT: objective.kind=autoencoder" in done.stderr
+
+
+def test_positions_that_are_not_used_do_not_make_another_model(stage, mmdit, tmp_path):
+    """A file of a model with rotary positions has no word of a table."""
+    model = {"preset": "flux-test", "context_dim": 128, "pooled_dim": 128, "position_table_size": 64}
+    network = MMDiT(MMDiTConfig(**model))
+    network.init_weights(0)
+    save(network, tmp_path / "model", "diffusers")
+    config = configure(stage, "rotary", {"model": model}, init={"from": str(tmp_path / "model")})
+    done = mmdit("train", config, "schedule.steps=1", "schedule.warmup=1")
+    assert done.returncode == 0, done.stderr
