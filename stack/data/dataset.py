@@ -241,8 +241,9 @@ class ShardData(Dataset):
         return self.plan.num_samples
 
     def unfilled(self) -> list[str]:
-        """A sentence on each bucket whose training samples do not fill a batch."""
-        counts = np.sum([table.counts.sum(0) for table in self._tables], axis=0)
+        """A sentence on each bucket of which an epoch's training samples do not fill a batch."""
+        tables = zip(self._tables, self.plan.quotas, strict=True)
+        counts = np.sum([quota * table.counts.sum(0) / table.counts.sum() for table, quota in tables], axis=0)
         return unfilled(counts.tolist(), self.config.batch_size, BucketRule(buckets=tuple(self.sides)))
 
     def __getitems__(self, draws: Sequence[Draw]) -> Any:
