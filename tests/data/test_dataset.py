@@ -215,7 +215,7 @@ def test_mixtures_of_data_sets(stage, tmp_path):
 
 def test_mlperf_shards_are_a_source(stage, tmp_path, mmdit, monkeypatch):
     """The layout at the widths of the small encoders: what is written holds the same numbers."""
-    for name, value in {"CHANNELS": 4, "T5_DIM": 128, "CLIP_DIM": 48, "FACTOR": 4}.items():
+    for name, value in {"CHANNELS": 4, "TOKENS": 16, "T5_DIM": 128, "CLIP_DIM": 48, "FACTOR": 4}.items():
         monkeypatch.setattr(mlperf, name, value)
     generator, truth = torch.Generator().manual_seed(0), {}
     (tmp_path / "raw").mkdir()
@@ -224,6 +224,8 @@ def test_mlperf_shards_are_a_source(stage, tmp_path, mmdit, monkeypatch):
             shapes = {"mean": (4, 8, 8), "logvar": (4, 8, 8), "t5": (16, 128), "clip": (48,)}
             tensors = {name: torch.randn(shape, generator=generator).bfloat16() for name, shape in shapes.items()}
             truth[f"{number:04}"] = tensors
+            if number == 7:
+                tensors["logvar"][0, 0, 0] = 800  # finite, the variance is not
             members = {f"{name}.bytes": bytes(t.view(torch.uint8).flatten().tolist()) for name, t in tensors.items()}
             if number == 5:
                 members["t5.bytes"] = members["t5.bytes"][:-1]
@@ -231,15 +233,17 @@ def test_mlperf_shards_are_a_source(stage, tmp_path, mmdit, monkeypatch):
                 info = tarfile.TarInfo(f"{number:04}.{extension}")
                 info.size = len(data)
                 tar.addfile(info, io.BytesIO(data))
-    overrides = (f"source={tmp_path}/raw", "max_rejected=0.1", "text.pad=full", "text.clip_tokens=false")
+    overrides = (f"source={tmp_path}/raw", "max_rejected=0.2", "text.pad=full", "text.clip_tokens=false")
     overrides = (*overrides, "text.clip_projection=false")
     wrong = mmdit("preencode", stage.folder / "preencode.yaml", f"out={tmp_path}/x", *overrides, "text.clip_g=null")
     assert wrong.returncode == 2
     assert "MLPerf's samples need text.t5_max_tokens=16" in wrong.stderr
     out = preencode(stage, mmdit, tmp_path / "out", *overrides, "text.t5_max_tokens=16", "text.clip_g=null")
-    assert "0005" in (out / "rejected.jsonl").read_text()
+    rejected = [json.loads(line) for line in (out / "rejected.jsonl").read_text().splitlines()]
+    assert [line["key"] for line in rejected] == ["0005", "0007"]
+    assert rejected[1]["reason"] == "variance too large: .logvar.bytes has e^800"
     found = stored(dataset(out))
-    assert found.keys() == truth.keys() - {"0005"}
+    assert found.keys() == truth.keys() - {"0005", "0007"}
     for key, tensors in found.items():
         for name, source in {"latent_mean": "mean", "latent_logvar": "logvar", "t5": "t5", "pooled": "clip"}.items():
             assert torch.equal(tensors[name], truth[key][source]), name
