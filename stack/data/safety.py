@@ -142,7 +142,7 @@ def split_name(name: str) -> tuple[str, str]:
     >>> split_name("cats/0001.seg.PNG")
     ('cats/0001', 'seg.png')
     """
-    folder, slash, base = name.removeprefix("./").rpartition("/")
+    folder, slash, base = re.sub(r"^(\./+)+", "", name).rpartition("/")
     stem, _, extension = base.partition(".")
     return folder + slash + stem, extension.lower()
 

@@ -22,13 +22,14 @@ import torch
 from safetensors.torch import load
 
 from stack.config import UserError
-from stack.data import mlperf
+from stack.data import latents, mlperf
 from stack.data.dataset import LatentBatch, LatentData, LatentDataset
 from stack.data.plan import BatchPlan, Rows
 from stack.data.remote import CacheConfig
-from stack.data.schema import load_manifest, to_float8
+from stack.data.schema import EncodedSample, load_manifest, sample_to_bytes, to_float8
 from stack.data.shards import ShardReader, index_shards
 from stack.text import tokenizer
+from stack.text.conditioning import EncodedText
 from stack.text.encoders import TextConfig, TextEncoders
 
 SHARED = Path(__file__).parents[2].parent / "shared"
@@ -96,6 +97,16 @@ def test_ranks_and_restarts_see_the_same_batches(stage):
         assert {k for part in parts for k in part.keys} == set(batch.keys)
     late = list(dataset(stage.encoded).loader(4, 6, 0, 1, 1))
     assert [batch.keys for batch in late] == [batch.keys for batch in whole[4:]]
+
+
+@pytest.mark.parametrize(("name", "key"), [("./a", "a"), ("././a", "a"), (".//ä/b", "ä/b")])
+def test_a_key_is_read_however_its_name_begins(tmp_path, pack, name, key):
+    latent, text = torch.randn(2, 4, 2, 2), EncodedText(torch.zeros(3, 8), torch.zeros(2, 8), None, torch.zeros(8))
+    data = sample_to_bytes(EncodedSample(latent[0], latent[1], [text]), torch.float32)
+    indices = index_shards(pack(tmp_path / "0.tar", [(f"{name}.safetensors", data)], tarfile.GNU_FORMAT))
+    assert indices[0].keys == [key]
+    (mean_CHW,) = latents.read(ShardReader(indices), [(0, 0, 0)])["latent_mean"]
+    assert torch.equal(mean_CHW, latent[0])
 
 
 def write_source(folder: Path, fields: list[dict[str, Any]], silent: Sequence[int] = ()) -> Path:
