@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import shutil
 import tarfile
 import threading
 import time
+import tracemalloc
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -107,6 +109,30 @@ def test_a_key_is_read_however_its_name_begins(tmp_path, pack, name, key):
     assert indices[0].keys == [key]
     (mean_CHW,) = latents.read(ShardReader(indices), [(0, 0, 0)])["latent_mean"]
     assert torch.equal(mean_CHW, latent[0])
+
+
+def test_headers_that_differ_do_not_fill_the_memory():
+    """Those of samples of three captions, as a loader meets them over days."""
+
+    def header(number: int) -> bytes:
+        lengths = number % 60, number // 60 % 60, number // 3600
+        shapes = {"latent_mean": [16, 32, 32], "latent_logvar": [16, 32, 32]}
+        for caption, length in zip(("", ".1", ".2"), lengths, strict=True):
+            shapes |= {f"t5{caption}": [length, 4096], f"clip_l{caption}": [length, 768], f"pooled{caption}": [768]}
+        entries, at = {}, 0
+        for name, shape in shapes.items():
+            entries[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [at, at := at + 2 * math.prod(shape)]}
+        text = json.dumps(entries, separators=(",", ":")).encode()
+        return len(text).to_bytes(8, "little") + text
+
+    latents._find_known.cache_clear()
+    tracemalloc.start()
+    try:
+        for number in range(200):
+            latents._find_known(header(number), number % 3)
+        assert tracemalloc.get_traced_memory()[0] / 200 * latents._find_known.cache_info().maxsize < 60e6
+    finally:
+        tracemalloc.stop()
 
 
 def write_source(folder: Path, fields: list[dict[str, Any]], silent: Sequence[int] = ()) -> Path:
