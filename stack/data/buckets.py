@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Annotated, Literal
 
@@ -149,15 +150,15 @@ def histogram(counts: Sequence[int], rule: BucketRule) -> str:
     return "\n".join(lines)
 
 
-def unfilled(counts: Sequence[int], batch_size: int, rule: BucketRule) -> list[str]:
+def unfilled(counts: Sequence[float], batch_size: int, rule: BucketRule) -> list[str]:
     """A sentence on each bucket with samples, but fewer than a global batch: the plan waits until epochs fill one.
 
-    counts: samples of each bucket, in the rule's order.
+    counts: samples of each bucket that an epoch takes, in the rule's order; of a mixture, in the mean.
     """
     return [
-        f"bucket {width}×{height} has {count:,} of the {batch_size:,} samples that make a batch: they are drawn "
-        f"together once every {batch_size / count:,.1f} epochs, each as many times; the first batch comes in epoch "
-        f"{-(-batch_size // count):,}, counted from 1"
+        f"bucket {width}×{height} has {round(count, 1):,g} of the {batch_size:,} samples that make a batch: it is "
+        f"drawn once every {batch_size / count:,.1f} epochs, with the samples of all of them; the first batch is "
+        f"expected in epoch {math.ceil(batch_size / count):,}, counted from 1"
         for count, (width, height) in zip(counts, rule.buckets, strict=True)
         if 0 < count < batch_size
     ]

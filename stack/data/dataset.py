@@ -9,7 +9,7 @@ import json
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing.process import BaseProcess
 from multiprocessing.util import Finalize
@@ -198,7 +198,7 @@ class ShardData(Dataset):
             check(source, sets[source])
         self.shards = ShardSet([index for one in sets.values() for index in one.indices])
         say_damage(self.shards.indices)
-        self._refuse_many_rejected(self.shards)
+        self._refuse_many_rejected()
         self._reader = ShardReader(self.shards.indices, self._cache)
         held_out = self.shards.lowest_hashes(config.max_validation, int(config.validation_share * 2**32))
         tables, first = [], 0
@@ -228,9 +228,12 @@ class ShardData(Dataset):
         index = self.shards.index(shard)
         return int(self._bucket_of(index.width[row : row + 1], index.height[row : row + 1])[0])
 
-    def _refuse_many_rejected(self, shards: ShardSet) -> None:
-        broken = [rejected for index in shards.indices for rejected in index.rejected]
-        check_budget(broken, shards.num_samples + len(broken), self.config.max_rejected)
+    def _refuse_many_rejected(self) -> None:
+        self._check_budget([rejected for index in self.shards.indices for rejected in index.rejected])
+
+    def _check_budget(self, broken: Collection[Rejected]) -> None:
+        total = self.shards.num_samples + sum(len(index.rejected) for index in self.shards.indices)
+        check_budget(broken, total, self.config.max_rejected)
 
     @property
     def num_samples(self) -> int:
@@ -238,8 +241,9 @@ class ShardData(Dataset):
         return self.plan.num_samples
 
     def unfilled(self) -> list[str]:
-        """A sentence on each bucket whose training samples do not fill a batch."""
-        counts = np.sum([table.counts.sum(0) for table in self._tables], axis=0)
+        """A sentence on each bucket of which an epoch's training samples do not fill a batch."""
+        tables = zip(self._tables, self.plan.quotas, strict=True)
+        counts = np.sum([quota * table.counts.sum(0) / table.counts.sum() for table, quota in tables], axis=0)
         return unfilled(counts.tolist(), self.config.batch_size, BucketRule(buckets=tuple(self.sides)))
 
     def __getitems__(self, draws: Sequence[Draw]) -> Any:
@@ -401,8 +405,7 @@ class ImageDataset(ShardData):
     """
 
     def __init__(self, config: ImageData, seed: int, rejected: RejectLog | None = None, num_classes: int | None = None):
-        self._log = rejected
-        self._listed: dict[tuple[str, str], Rejected] = {}
+        self._log = rejected or RejectLog()
         self._rule = config.buckets.rule()
         self.sides = self._rule.buckets
         self.channels, self._label, self._num_classes = config.channels, config.label, num_classes
@@ -411,10 +414,6 @@ class ImageDataset(ShardData):
             _check_raw("source", source, shards)
             if config.label is not None and not any("json" in index.extensions for index in shards.indices):
                 raise UserError(f"data.label={config.label}: {redact(source)} has no KEY.json, where labels stand")
-            if dist.rank() == 0:
-                for index in shards.indices:
-                    for broken in index.rejected:
-                        self._reject(index, broken)
 
         super().__init__(config, seed, weights_of(config.source), [1.0], check)
         self._partners: Partners | None = None
@@ -422,6 +421,18 @@ class ImageDataset(ShardData):
             paired = ShardSet(index_shards(config.paired, config.index, self._cache))
             _check_raw("paired", config.paired, paired)
             self._partners = Partners(paired, ShardReader(paired.indices, self._cache))
+
+    def _refuse_many_rejected(self) -> None:
+        try:
+            self._log.read()
+            self._check_budget(self._log.broken)
+        except UserError:  # this list ended the run's last life: what was mended since is told by meeting it again
+            if dist.rank() == 0:
+                self._log.clear()
+        for index in self.shards.indices:
+            for broken in index.rejected:
+                self._reject(index, broken)
+        super()._refuse_many_rejected()
 
     @property
     def has_labels(self) -> bool:
@@ -447,8 +458,7 @@ class ImageDataset(ShardData):
                 paired = None if self._partners is None else self._pixels(self._partners.read(key), bucket)
             except DecodeError as error:
                 self._reject(index, Rejected(key, str(error)))
-                total = self.shards.num_samples + sum(len(index.rejected) for index in self.shards.indices)
-                check_budget(list(self._listed.values()), total, self.config.max_rejected)
+                self._check_budget(self._log.broken)
                 continue
             return _Loaded(key, image, label, paired)
         raise UserError(f"{redact(self.shards.indices[0].url)}: not one image of a bucket can be decoded")
@@ -480,10 +490,7 @@ class ImageDataset(ShardData):
                 yield other
 
     def _reject(self, index: ShardIndex, rejected: Rejected) -> None:
-        if (index.url, rejected.key) not in self._listed:
-            self._listed[index.url, rejected.key] = rejected
-            if self._log is not None:
-                self._log.add(index.name, rejected.key, rejected.reason)
+        if self._log.add(redact(index.url), rejected.key, rejected.reason):  # shards of a mixture may share a name
             say(f"{index.name}: {printable(f'{rejected.key}: {rejected.reason}')}: left out")
 
     def _batch(self, draws: Sequence[Draw]) -> ImageBatch:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import IO
 
 import numpy as np
@@ -17,6 +18,8 @@ __all__ = ["DecodeError", "decode_image", "image_size", "to_bucket", "to_pixels"
 WHITE = (255, 255, 255)
 
 _MAX_SCANS = 128  # of a progressive JPEG, each of which goes over all of the image; encoders write about ten
+_SCAN, _END = b"\xff\xda", b"\xff\xd9"
+_SEGMENT = re.compile(rb"\xff[\xc0-\xcf\xd9-\xfe]")  # all markers that libjpeg takes, but those without a length
 _EXIF_ORIENTATION = 0x0112
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -47,7 +50,7 @@ def decode_image(data: bytes, background: tuple[int, int, int] = WHITE) -> Image
     """
     image = open_image(data)
     orientation = _orientation(image)
-    if image.format in ("JPEG", "MPO") and data.count(b"\xff\xda") > _MAX_SCANS:
+    if image.format in ("JPEG", "MPO") and _has_many_scans(data):
         raise DecodeError(f"image not decodable: more than {_MAX_SCANS} scans")
     try:
         if image.format == "PNG":
@@ -81,6 +84,17 @@ def to_pixels(data: bytes, bucket: tuple[int, int], channels: int) -> Tensor:
     image = decode_image(data)
     pixels = torch.from_numpy(to_bucket(image if channels == 3 else image.convert("L"), bucket))
     return pixels.reshape(*pixels.shape[:2], -1).permute(2, 0, 1).float() / 127.5 - 1
+
+
+def _has_many_scans(data: bytes) -> bool:
+    """Behind an image's end telephones append videos, which may hold any bytes; before it, EXIF a whole thumbnail."""
+    if data.count(_SCAN) <= _MAX_SCANS:
+        return False
+    at, scans = 0, 0
+    while scans <= _MAX_SCANS and (marker := _SEGMENT.search(data, at)) and marker[0] != _END:
+        scans += marker[0] == _SCAN
+        at = marker.end() + int.from_bytes(data[marker.end() : marker.end() + 2], "big")
+    return scans > _MAX_SCANS
 
 
 def _to_rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:

@@ -368,8 +368,8 @@ def _measure(file: BinaryIO, group: dict[str, Member]) -> tuple[int, int, list[i
             )
         return *found.latent, found.caption_lengths, header
     if any(extension in group for extension in mlperf.EXTENSIONS):
-        side, tokens = mlperf.measure({extension: member.size for extension, member in group.items()})
-        return side * mlperf.FACTOR, side * mlperf.FACTOR, [tokens], b""
+        side = mlperf.FACTOR * mlperf.measure({extension: member.size for extension, member in group.items()})
+        return side, side, [mlperf.TOKENS], b""
     image = next((group[extension] for extension in safety.IMAGE_EXTENSIONS if extension in group), None)
     if image is None:
         others = ", ".join(f".{extension}" for extension in sorted(group))

@@ -1,15 +1,10 @@
-"""Where the tensors of a pre-encoded sample stand inside its safetensors member.
-
-Samples of one bucket and one caption length have the same header to the last byte, so a header is parsed once and then
-looked up by its bytes.
-"""
+"""Where the tensors of a pre-encoded sample stand inside its safetensors member."""
 
 from __future__ import annotations
 
 import json
 import math
 import re
-from functools import lru_cache
 from typing import NamedTuple
 
 from stack.data.safety import DecodeError
@@ -66,10 +61,6 @@ def parse(header: bytes) -> Layout:
     Raises DecodeError unless it is that of a pre-encoded sample: known names and dtypes, tensors that fill the member
     without overlap or gap, a latent of equal mean and logvar [C, h, w], a pooled vector.
     """
-    return _known(header) if len(header) <= HEAD_BYTES else _parse(header)  # large ones would fill the memory
-
-
-def _parse(header: bytes) -> Layout:
     if len(header) < 8 or int.from_bytes(header[:8], "little") != len(header) - 8:
         raise DecodeError(f"safetensors not readable: header of {int.from_bytes(header[:8], 'little'):,} bytes")
     try:
@@ -106,6 +97,3 @@ def _parse(header: bytes) -> Layout:
         if twin.shape[0] != slot.shape[0]:
             raise DecodeError(f"safetensors not readable: {name} has {slot.shape[0]} tokens, not {twin.shape[0]}")
     return Layout(slots, at)
-
-
-_known = lru_cache(maxsize=65536)(_parse)

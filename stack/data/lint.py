@@ -221,6 +221,11 @@ def _sample(index: ShardIndex, row: int, reader: ShardReader, contract: _Contrac
     for extension in mlperf.EXTENSIONS:
         if extension in members and (bad := int(np.count_nonzero(_NOT_FINITE["BF16"](members[extension])))):
             yield f"non-finite: .{extension} has {bad:,} of {len(members[extension]) // 2:,} values"
+    if mlperf.EXTENSIONS[0] in members:
+        try:
+            mlperf.decode(members)
+        except DecodeError as error:
+            yield str(error)
     if "safetensors" in members:
         yield from _tensors(members["safetensors"], facts, contract)
         if contract is not None and not index.has(row, "json"):

@@ -98,8 +98,9 @@ class BatchPlan:
             raise UserError(f"batch_size must be at least 1, got {batch_size}")
         self.batch_size = batch_size
         self.seed = seed
-        self._quotas = _quotas([one.size for one in self._sets], [table.weight for table in tables])
-        self._windows = -(-sum(self._quotas) // window)  # of an epoch
+        self.quotas = _quotas([one.size for one in self._sets], [table.weight for table in tables])
+        """Samples that an epoch takes of each data set."""
+        self._windows = -(-sum(self.quotas) // window)  # of an epoch
         self._num_buckets = tables[0].counts.shape[1]
         self._cache = _Cache(_CACHED_WINDOWS)
         self._before_cache = _Cache(64)
@@ -128,7 +129,7 @@ class BatchPlan:
         """(data set, shard) of all samples of a window."""
         return [
             (number, shard)
-            for number, (one, quota) in enumerate(zip(self._sets, self._quotas, strict=True))
+            for number, (one, quota) in enumerate(zip(self._sets, self.quotas, strict=True))
             for shard in one.shards_between(self._position(window, quota), self._position(window + 1, quota))
         ]
 
@@ -141,7 +142,7 @@ class BatchPlan:
         """Samples of each bucket in all windows before this one, int64 [buckets]."""
 
         def count() -> np.ndarray:
-            positions = [self._position(window, quota) for quota in self._quotas]
+            positions = [self._position(window, quota) for quota in self.quotas]
             return sum(one.count_before(at) for one, at in zip(self._sets, positions, strict=True))  # type: ignore[return-value]
 
         return self._before_cache.get(window, count)
@@ -155,7 +156,7 @@ class BatchPlan:
         assert n >= 0, n
         # A bucket holds back less than one batch, so all of them together less than one each.
         first, last = n * self.batch_size, (n + 1 + self._num_buckets) * self.batch_size
-        per_epoch = sum(self._quotas)
+        per_epoch = sum(self.quotas)
         windows = range(first // per_epoch * self._windows, (last // per_epoch + 1) * self._windows)
         return windows.start + bisect.bisect_right(windows, n, key=lambda window: int(self._pieces(window + 1).sum()))
 
@@ -185,7 +186,7 @@ class BatchPlan:
         """(samples, buckets, caption lengths) of a window."""
         parts = [
             part
-            for one, quota in zip(self._sets, self._quotas, strict=True)
+            for one, quota in zip(self._sets, self.quotas, strict=True)
             for part in one.read(self._position(window, quota), self._position(window + 1, quota))
         ]
         id, caption, epoch, bucket, length = map(np.concatenate, zip(*parts, strict=True))
@@ -193,7 +194,6 @@ class BatchPlan:
 
 
 def _quotas(sizes: list[int], weights: list[float | None]) -> list[int]:
-    """Samples that an epoch of the plan takes of each data set."""
     given = [weight for weight in weights if weight is not None]
     if not given:
         return sizes

@@ -10,7 +10,7 @@ import io
 import json
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -53,7 +53,7 @@ def entry(shard: str, key: str, reason: str) -> dict[str, str]:
     return {"shard": shard, "key": cut(key), "reason": cut(reason)}
 
 
-def check_budget(broken: Sequence[Rejected], total: int, most: float) -> None:
+def check_budget(broken: Collection[Rejected], total: int, most: float) -> None:
     """UserError where more than a share of `most` of `total` samples is broken."""
     if len(broken) > most * total:
         kinds = Counter(rejected.reason.partition(":")[0] for rejected in broken).most_common(3)
@@ -65,18 +65,63 @@ def check_budget(broken: Sequence[Rejected], total: int, most: float) -> None:
 
 
 class RejectLog:
-    """Appends `{"shard", "key", "reason"}` lines to `path` (rejected.jsonl).
+    """The broken samples that all processes of a run have met: `{"shard", "key", "reason"}` lines of `path`
+    (rejected.jsonl). Without a path, those that this process has met.
 
-    The file appears with the first rejected sample. Each line is one write in append mode, so processes may share it.
+    The file appears with the first rejected sample. Each line is one write in append mode, so processes may share it;
+    a sample that two meet at once may have two lines and counts once.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path | None = None) -> None:
         self.path = path
+        self._broken: dict[tuple[str, str], Rejected] = {}
+        self._read = 0
+        """Bytes of the file."""
 
-    def add(self, shard: str, key: str, reason: str) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(entry(shard, key, reason)) + "\n")
+    @property
+    def broken(self) -> Collection[Rejected]:
+        """As of the last new sample that this process has added."""
+        return self._broken.values()
+
+    def add(self, shard: str, key: str, reason: str) -> bool:
+        """Whether the sample is new: no process has listed it yet."""
+        line = entry(shard, key, reason)
+        if (shard, line["key"]) not in self._broken:
+            self.read()
+        if (shard, line["key"]) in self._broken:
+            return False
+        if self.path is None:
+            self._note(line)
+        else:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+            self.read()  # of processes that add at the same time, the last one knows of all
+        return True
+
+    def read(self) -> None:
+        """Take in what was added to the file since."""
+        if self.path is None or not self.path.exists():
+            return
+        with self.path.open("rb") as file:
+            file.seek(self._read)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    return  # it is being written
+                self._read += len(line)
+                try:
+                    self._note(json.loads(line))
+                except (ValueError, KeyError, TypeError):  # of a process that was killed while it wrote
+                    continue
+
+    def clear(self) -> None:
+        """Begin anew, without a file."""
+        if self.path is not None:
+            self.path.unlink(missing_ok=True)
+        self._broken, self._read = {}, 0
+
+    def _note(self, line: dict[str, str]) -> None:
+        self._broken.setdefault((line["shard"], line["key"]), Rejected(line["key"], line["reason"]))
 
 
 def check_source(source: str) -> None:
@@ -97,7 +142,7 @@ def split_name(name: str) -> tuple[str, str]:
     >>> split_name("cats/0001.seg.PNG")
     ('cats/0001', 'seg.png')
     """
-    folder, slash, base = name.removeprefix("./").rpartition("/")
+    folder, slash, base = re.sub(r"^(\./+)+", "", name).rpartition("/")
     stem, _, extension = base.partition(".")
     return folder + slash + stem, extension.lower()
 

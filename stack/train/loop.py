@@ -145,12 +145,13 @@ def _sole_user(run: Path) -> Iterator[None]:
 
 
 def _build(config: TrainConfig, device: torch.device, begin: bool) -> tuple[ShardData, Objective]:
-    """Rank 0 first: it writes indices that are missing, and the list of images that cannot be decoded anew."""
-    rejected = RejectLog(config.run.dir / "rejected.jsonl")
-    if dist.rank() == 0:
-        rejected.path.unlink(missing_ok=True)
-    else:
+    """Rank 0 first: it writes indices that are missing, and of a run that begins the list of broken samples anew."""
+    path = config.run.dir / "rejected.jsonl"
+    rejected = RejectLog(path)
+    if dist.rank() != 0:
         dist.barrier()
+    elif begin or path.is_symlink():
+        rejected.clear()
     data, objective = build(config, device, rejected, begin)
     if dist.rank() == 0:
         dist.barrier()

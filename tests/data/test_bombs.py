@@ -178,6 +178,11 @@ BOMBS: dict[str, tuple[str, Callable[[], bytes], str | None]] = {
     "JPEG with 60 MB of EXIF": ("jpg", lambda: segments(b"\xe1", b"Exif\0\0", 900), "image not readable"),
     "JPEG with 60 MB of colour profile": ("jpg", lambda: segments(b"\xe2", b"ICC_PROFILE\0", 900), "image not"),
     "JPEG of 2,000 scans": ("jpg", lambda: scans(2000), "image not decodable: more than 128 scans"),
+    "JPEG of 2,000 scans behind a thumbnail's end": (
+        "jpg",
+        lambda: (lambda data: data[:2] + b"\xff\xe1\0\x06\xff\xd9\xff\xd9" + data[2:])(scans(2000)),
+        "image not decodable: more than 128 scans",
+    ),
     "EXIF of four thousand million values": ("jpg", lambda: jpeg(exif=exif((0x112, 3, 2**32 - 1, 8))), None),
     "EXIF that leads to itself": ("jpg", lambda: jpeg(exif=exif((0x8769, 4, 1, 8), (0x8825, 4, 1, 8))), None),
     "WebP of 268 megapixels": ("webp", lambda: webp(16383, 16383), "image "),

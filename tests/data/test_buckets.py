@@ -293,10 +293,10 @@ def test_unfilled_names_buckets_with_less_than_a_batch() -> None:
     rule = buckets_for(32)
     assert unfilled([64, 0, 5_000], 64, rule) == []
     assert unfilled([64, 5, 63], 64, rule) == [
-        "bucket 40×24 has 5 of the 64 samples that make a batch: they are drawn together once every 12.8 epochs, "
-        "each as many times; the first batch comes in epoch 13, counted from 1",
-        "bucket 24×40 has 63 of the 64 samples that make a batch: they are drawn together once every 1.0 epochs, "
-        "each as many times; the first batch comes in epoch 2, counted from 1",
+        "bucket 40×24 has 5 of the 64 samples that make a batch: it is drawn once every 12.8 epochs, with the samples "
+        "of all of them; the first batch is expected in epoch 13, counted from 1",
+        "bucket 24×40 has 63 of the 64 samples that make a batch: it is drawn once every 1.0 epochs, with the samples "
+        "of all of them; the first batch is expected in epoch 2, counted from 1",
     ]
 
 
@@ -307,7 +307,21 @@ def test_the_first_batch_of_an_unfilled_bucket_comes_when_said(count: int) -> No
     plan = BatchPlan([table], 32, seed=0)
     first = next(n for n in range(200) if plan.batch(n).id[0] >= 40)
     (line,) = unfilled([40, count, 0], 32, buckets_for(32))
-    assert f"comes in epoch {plan.epoch_of(first) + 1}," in line
+    assert f"expected in epoch {plan.epoch_of(first) + 1}," in line
+
+
+def test_a_bucket_is_unfilled_by_what_a_mixture_takes_of_it(tmp_path, pack, picture) -> None:
+    for name, size in (("a", (32, 32)), ("b", (40, 24))):
+        image = picture(1, size=size)
+        pack(tmp_path / name / f"{name}.tar", [(f"{name}{row}.png", image) for row in range(100)])
+    config = ImageData(source={str(tmp_path / "a"): 0.01, str(tmp_path / "b"): 0.99}, batch_size=64, max_validation=0)
+    data = ImageDataset(config, seed=0)
+    assert data.plan.quotas == [2, 198]
+    assert data.unfilled() == unfilled([2, 198, 0], 64, config.buckets.rule()) != []
+    n = next(n for n in range(200) if data.plan.batch(n).id[0] < 100)
+    assert data.plan.epoch_of(n) == 31
+    assert "once every 32.0 epochs" in data.unfilled()[0]
+    assert "expected in epoch 32," in data.unfilled()[0]
 
 
 def test_training_says_which_buckets_have_less_than_a_batch(stage, mmdit, tmp_path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import yaml
 from stack.config import UserError
 from stack.data.dataset import ImageData, ImageDataset
 from stack.data.safety import RejectLog
+from stack.data.shards import index_shards
 
 REMEDY = "mend the shards or raise max_rejected"
 
@@ -110,6 +112,11 @@ def test_below_the_budget_training_goes_on_and_lists_shard_key_and_reason(mmdit,
     done = train(mmdit, stage, shards, tmp_path / "run", 0.2, "schedule.steps=5")
     assert done.returncode == 0, done.stderr
     assert kinds(listed(tmp_path / "run" / "rejected.jsonl")) == LISTED
+    train(mmdit, stage, shards, tmp_path / "run", 0.2, "schedule.steps=5")  # goes on, with nothing left to do
+    assert kinds(listed(tmp_path / "run" / "rejected.jsonl")) == LISTED
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    train(mmdit, stage, shards, tmp_path / "run", 0.2, "schedule.steps=1")  # begins anew
+    assert len(listed(tmp_path / "run" / "rejected.jsonl")) < 4
 
 
 def test_above_it_by_the_indices_alone_training_does_not_begin(mmdit, stage, tmp_path, shards, listed):
@@ -128,6 +135,75 @@ def test_above_it_by_the_pixels_training_ends_with_one_line(workers, mmdit, stag
     assert "image not decodable" in line
     assert kinds(listed(tmp_path / "run" / "rejected.jsonl")) == LISTED
     assert not list((tmp_path / "run").rglob("COMPLETE"))
+
+
+@pytest.fixture
+def cut(tmp_path, pack, sample) -> Path:
+    """60 samples, 8 of them with cut pixels: more than an eighth, which the indices do not tell."""
+    members = [member for row in range(60) for member in sample(f"{row:02}", row % 16)]
+    broken = {f"{row:02}.png" for row in range(4, 60, 7)}
+    pack(tmp_path / "cut" / "0.tar", [(name, data[:-30] if name in broken else data) for name, data in members])
+    return tmp_path / "cut"
+
+
+def life(shards: Path, log: Path, workers: int = 0, most: float = 0.125) -> ImageDataset:
+    config = ImageData(source=str(shards), batch_size=4, validation_share=0, workers=workers, max_rejected=most)
+    return ImageDataset(config, seed=0, rejected=RejectLog(log))
+
+
+def test_the_budget_is_that_of_all_workers_together(tmp_path, cut, listed):
+    data, log = life(cut, tmp_path / "rejected.jsonl", workers=2), tmp_path / "rejected.jsonl"
+    with pytest.raises(UserError, match="8 of 60 samples are broken"):
+        list(data.loader(0, 15, 0, 1, 1))
+    assert len(listed(log)) == 8
+
+
+def test_the_budget_is_that_of_all_ranks_together(tmp_path, cut, listed):
+    log = tmp_path / "rejected.jsonl"
+    ranks = [life(cut, log).loader(0, 15, rank, 2, 1) for rank in range(2)]
+    with pytest.raises(UserError, match="8 of 60 samples are broken"):
+        list(zip(*ranks, strict=True))
+    assert len(listed(log)) == 8
+
+
+def test_the_budget_is_that_of_all_lives_of_a_run_together(tmp_path, cut, listed):
+    log = tmp_path / "rejected.jsonl"
+    list(life(cut, log).loader(0, 8, 0, 1, 1))
+    assert 0 < len(listed(log)) < 8
+    with pytest.raises(UserError, match="8 of 60 samples are broken"):
+        list(life(cut, log).loader(8, 15, 0, 1, 1))
+
+
+def test_a_list_above_the_budget_begins_anew_for_what_was_mended_since(tmp_path, cut, pack, sample):
+    log = tmp_path / "rejected.jsonl"
+    with pytest.raises(UserError, match="8 of 60 samples are broken"):
+        list(life(cut, log).loader(0, 15, 0, 1, 1))
+    life(cut, log, most=0.5)
+    assert len(log.read_text().splitlines()) == 8
+    pack(cut / "0.tar", [member for row in range(60) for member in sample(f"{row:02}", row % 16)])
+    index_shards(cut, rebuild=True)
+    assert len(list(life(cut, log).loader(0, 15, 0, 1, 1))) == 15
+    assert not log.exists()
+
+
+def test_what_indices_reject_counts_on_every_rank(tmp_path, shards):
+    log = tmp_path / "rejected.jsonl"
+    for _ in range(2):
+        data = life(shards, log, most=0.15)
+        assert len(log.read_text().splitlines()) == 2
+    with pytest.raises(UserError, match=r"4 of 20 samples are broken \(2 × empty caption, 2 × image not decodable\)"):
+        list(data.loader(0, 5, 1, 2, 1)), list(data.loader(0, 5, 0, 2, 1))
+
+
+def test_a_line_that_a_kill_cut_short_is_no_matter(tmp_path):
+    path = tmp_path / "rejected.jsonl"
+    first, second = RejectLog(path), RejectLog(path)
+    assert first.add("a.tar", "0", "no image")
+    with path.open("a") as file:
+        file.write('{"shard": "a.t')
+    assert [second.add("a.tar", key, "no image") for key in "001"] == [False, False, True]
+    assert second.add("a.tar", "2", "no image")
+    assert not first.add("a.tar", "2", "no image")
 
 
 def test_the_image_that_stands_in_for_a_broken_one_is_called_by_its_own_name(tmp_path, shards):

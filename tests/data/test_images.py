@@ -35,6 +35,16 @@ def test_rgba_shows_the_background_where_it_is_transparent() -> None:
     assert green.tolist() == [[[200, 100, 0], [40, 220, 0]], [[0, 250, 0]] * 2]
 
 
+@pytest.mark.parametrize("progressive", [False, True])
+def test_what_stands_behind_a_jpegs_end_is_none_of_its_scans(progressive: bool) -> None:
+    """A telephone's motion photo: a JPEG, whose EXIF has a whole thumbnail, and a video behind it."""
+    image = Image.fromarray(_noise(64, 48))
+    exif = b"Exif\0\0" + _encode(Image.new("RGB", (8, 8)), "JPEG")
+    data = _encode(image, "JPEG", progressive=progressive, exif=exif, restart_marker_blocks=2)
+    moving = data + 500 * b"ftypmp42\0\xff\xda"
+    assert np.array_equal(np.asarray(decode_image(moving)), np.asarray(decode_image(data)))
+
+
 @pytest.mark.parametrize("transparency", [1, bytes([255, 0, 255])])
 def test_palette_with_transparency(transparency: int | bytes) -> None:
     image = Image.new("P", (2, 1))

@@ -130,7 +130,7 @@ def test_captions_that_samples_lack(stage, tmp_path: Path, mmdit: Callable) -> N
 
 def test_mlperf_s_layout_in_all_tools(stage, tmp_path: Path, mmdit: Callable, pack: Callable, monkeypatch) -> None:
     """Samples that came encoded, at the widths of the small encoders: without an image, two of them without a text."""
-    for name, value in {"CHANNELS": 4, "T5_DIM": 128, "CLIP_DIM": 48, "FACTOR": 4}.items():
+    for name, value in {"CHANNELS": 4, "TOKENS": 16, "T5_DIM": 128, "CLIP_DIM": 48, "FACTOR": 4}.items():
         monkeypatch.setattr(mlperf, name, value)
     draws = np.random.default_rng(0)
 
@@ -168,9 +168,13 @@ def test_mlperf_s_layout_in_all_tools(stage, tmp_path: Path, mmdit: Callable, pa
 
     broken = sample("7", {})
     broken[3] = (broken[3][0], b"\x80\x7f" + broken[3][1][2:])
+    broken[2] = (broken[2][0], b"\x48\x44" + broken[2][1][2:])
     pack(raw / "00001.tar", broken)
     done = mmdit("data", "lint", raw)
-    assert done.stdout.splitlines()[0] == f"{raw}/00001.tar: 7: non-finite: .t5.bytes has 1 of 2,048 values"
+    assert done.stdout.splitlines()[:2] == [
+        f"{raw}/00001.tar: 7: non-finite: .t5.bytes has 1 of 2,048 values",
+        f"{raw}/00001.tar: 7: variance too large: .logvar.bytes has e^800",
+    ]
 
 
 def test_shards_without_samples(tmp_path: Path) -> None:

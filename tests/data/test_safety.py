@@ -69,6 +69,7 @@ def test_harmless_names_pass() -> None:
 
 def test_split_name_is_webdataset_s() -> None:
     assert safety.split_name("./x/0001.JPG") == ("x/0001", "jpg")
+    assert safety.split_name("././/./x/0001.JPG") == ("x/0001", "jpg")
     assert safety.split_name("x.y/0001.seg.png") == ("x.y/0001", "seg.png")
     assert safety.split_name("README") == ("README", "")
 
