@@ -16,7 +16,8 @@ memory. In a window the samples of each bucket are permuted, then sorted by capt
 batch_size, so leftovers of a window begin the next one's first batch and each sample stands in each epoch exactly once.
 Before window g bucket b has yielded ⌊C_b(g)/batch_size⌋ batches, C_b(g) counting its samples in earlier windows; those
 that a window adds, of all buckets, are shuffled among each other. C_b follows from the shards' counts, so any window is
-found without walking through those before it.
+found without walking through those before it. A rare bucket's batch is gathered from thousands of windows, of which
+those shards alone are read that have samples of it.
 
 Random numbers: a permutation is the order of raw 64-bit words of Philox seeded by SeedSequence([stream, seed, …]);
 NumPy keeps both of these streams stable over versions, which it does not promise for Generator.permutation. The caption
@@ -63,6 +64,12 @@ class Rows(NamedTuple):
     id: np.ndarray  # int64 [n], unique over all data sets
     bucket: np.ndarray  # int64 [n]
     caption_length: np.ndarray  # int [n, captions], −1 for a caption that the sample lacks
+
+
+_Buckets = int | slice
+_ALL = slice(None)
+_Read = tuple[Samples, np.ndarray, np.ndarray]
+"""(samples, buckets, caption lengths)."""
 
 
 class SampleTable(Protocol):
@@ -112,10 +119,14 @@ class BatchPlan:
         bucket, piece = self._cache.get(("batches", window), lambda: self._batches(window))[n - first]
         start, stop = piece * self.batch_size, (piece + 1) * self.batch_size
         parts: list[Samples] = []
-        while start < stop:  # from the end: the beginning may lie windows back
-            before = int(self._before(window)[bucket])
+        near = range(window + 1 - _CACHED_WINDOWS, window + 1)
+        while start < stop:  # from the end: the beginning may lie windows back, thousands of them for a rare bucket
+            before = int(self._before(window)[bucket] if window in near else self._count_before(window, bucket))
             if before < stop:
-                order = self._order(window, bucket)
+                if window in near:
+                    order = self._order(window, bucket, before)
+                else:
+                    order = self._sort(self._read(window, bucket), window, bucket, before)
                 parts.append(Samples(*(values[max(0, start - before) : stop - before] for values in order)))
                 stop = max(start, before)
             window -= 1
@@ -140,12 +151,11 @@ class BatchPlan:
 
     def _before(self, window: int) -> np.ndarray:
         """Samples of each bucket in all windows before this one, int64 [buckets]."""
+        return self._before_cache.get(window, lambda: self._count_before(window, _ALL))
 
-        def count() -> np.ndarray:
-            positions = [self._position(window, quota) for quota in self.quotas]
-            return sum(one.count_before(at) for one, at in zip(self._sets, positions, strict=True))  # type: ignore[return-value]
-
-        return self._before_cache.get(window, count)
+    def _count_before(self, window: int, buckets: _Buckets) -> np.ndarray:
+        positions = [self._position(window, quota) for quota in self.quotas]
+        return sum(one.count_before(at, buckets) for one, at in zip(self._sets, positions, strict=True))  # type: ignore[return-value]
 
     def _pieces(self, window: int) -> np.ndarray:
         """Batches of each bucket in all windows before this one, int64 [buckets]."""
@@ -166,28 +176,28 @@ class BatchPlan:
         listed = [(bucket, piece) for bucket, (start, stop) in enumerate(pieces) for piece in range(start, stop)]
         return [listed[at] for at in _permutation(len(listed), _BATCHES, self.seed, window)]
 
-    def _order(self, window: int, bucket: int) -> Samples:
-        """The samples of one bucket in one window, in the order in which they are drawn."""
-        samples, buckets, lengths = self._cache.get(("window", window), lambda: self._read(window))
+    def _order(self, window: int, bucket: int, before: int) -> Samples:
+        read = self._cache.get(("window", window), lambda: self._read(window, _ALL))
+        return self._cache.get(("order", window, bucket), lambda: self._sort(read, window, bucket, before))
 
-        def order() -> Samples:
-            members = np.flatnonzero(buckets == bucket)
-            members = members[_permutation(len(members), _SAMPLES, self.seed, window, bucket)]
-            # Chunks begin where a batch does: the first samples complete the batch that an earlier window began.
-            head = int(-self._before(window)[bucket] % self.batch_size)
-            for start in range(head, len(members), _CHUNK_BATCHES * self.batch_size):
-                chunk = members[start : start + _CHUNK_BATCHES * self.batch_size]
-                chunk[:] = chunk[np.argsort(lengths[chunk], kind="stable")]
-            return Samples(*(values[members] for values in samples))
+    def _sort(self, read: _Read, window: int, bucket: int, before: int) -> Samples:
+        """The samples of one bucket in one window, in the order in which they are drawn. before: in earlier ones."""
+        samples, buckets, lengths = read
+        members = np.flatnonzero(buckets == bucket)
+        members = members[_permutation(len(members), _SAMPLES, self.seed, window, bucket)]
+        # Chunks begin where a batch does: the first samples complete the batch that an earlier window began.
+        head = -before % self.batch_size
+        for start in range(head, len(members), _CHUNK_BATCHES * self.batch_size):
+            chunk = members[start : start + _CHUNK_BATCHES * self.batch_size]
+            chunk[:] = chunk[np.argsort(lengths[chunk], kind="stable")]
+        return Samples(*(values[members] for values in samples))
 
-        return self._cache.get(("order", window, bucket), order)
-
-    def _read(self, window: int) -> tuple[Samples, np.ndarray, np.ndarray]:
-        """(samples, buckets, caption lengths) of a window."""
+    def _read(self, window: int, buckets: _Buckets) -> _Read:
+        """A window's samples of those shards that have some of these buckets."""
         parts = [
             part
             for one, quota in zip(self._sets, self.quotas, strict=True)
-            for part in one.read(self._position(window, quota), self._position(window + 1, quota))
+            for part in one.read(self._position(window, quota), self._position(window + 1, quota), buckets)
         ]
         id, caption, epoch, bucket, length = map(np.concatenate, zip(*parts, strict=True))
         return Samples(id, caption, epoch), bucket, length
@@ -222,24 +232,32 @@ class _Sequence:
 
         return self._epochs.get(epoch, permute)
 
-    def count_before(self, position: int) -> np.ndarray:
-        """Samples of each bucket before a position of the sequence, int64 [buckets]."""
+    def count_before(self, position: int, buckets: _Buckets) -> np.ndarray:
+        """Samples of these buckets before a position of the sequence, int64."""
         epoch, rest = divmod(position, self.size)
         order, starts, before = self._epoch(epoch)
         at = int(np.searchsorted(starts, rest, side="right")) - 1
-        total = epoch * before[-1] + before[at]
-        if rest > starts[at]:
+        total = epoch * before[-1, buckets] + before[at, buckets]
+        if rest > starts[at] and self._has(int(order[at]), buckets):
             bucket = self._shard(int(order[at])).bucket[: rest - starts[at]]
-            total = total + np.bincount(bucket, minlength=len(total))
+            total = total + np.bincount(bucket, minlength=before.shape[1])[buckets]
         return total
 
-    def read(self, start: int, stop: int) -> Iterator[tuple[np.ndarray, ...]]:
-        """(ids, captions, epochs, buckets, caption lengths) of the samples start…stop, a shard at a time."""
+    def read(self, start: int, stop: int, buckets: _Buckets) -> Iterator[tuple[np.ndarray, ...]]:
+        """(ids, captions, epochs, buckets, caption lengths) of the samples start…stop, a shard at a time.
+
+        Shards that have none of these buckets are left out.
+        """
         for epoch, at, first, last in self._pieces(start, stop):
-            rows = self._shard(int(self._epoch(epoch)[0][at]))
-            id, bucket, lengths = (values[first:last] for values in rows)
+            shard = int(self._epoch(epoch)[0][at])
+            if not self._has(shard, buckets):
+                continue
+            id, bucket, lengths = (values[first:last] for values in self._shard(shard))
             caption = choose_captions(self._seed, epoch, id, lengths, self._table.caption_weights)
             yield id, caption, np.full(len(id), epoch), bucket, lengths[np.arange(len(id)), caption]
+
+    def _has(self, shard: int, buckets: _Buckets) -> bool:
+        return bool(self._table.counts[shard, buckets].any())
 
     def shards_between(self, start: int, stop: int) -> list[int]:
         return [int(self._epoch(epoch)[0][at]) for epoch, at, _, _ in self._pieces(start, stop)]

@@ -1,6 +1,7 @@
 """What it costs to begin in the middle of a data set of 100 million pre-encoded samples in 10,000 shards.
 
-Targets: under 3 seconds and 500 MB from a cold process to the first batch of a step in the middle.
+Targets: under 3 seconds and 500 MB from a cold process to the first batch of a step in the middle. rare_batch_s is
+beside it where that batch is of a bucket that one in 80,000 samples has.
 The indices are those of a few drawn shards, hard-linked under 10,000 names beside sparse tars.
 python tests/benchmarks/plan.py [--shards 10000] [--samples 10000] [--folder DIR]
 """
@@ -16,11 +17,15 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+if TYPE_CHECKING:
+    from stack.data.plan import BatchPlan
+
 KINDS = 16  # different shards
-SIDES = ((32, 32), (40, 24), (24, 40), (48, 20), (20, 48), (28, 36), (36, 28))
+SIDES = ((32, 32), (40, 24), (24, 40), (48, 20), (20, 48), (28, 36), (36, 28), (16, 64))
 
 
 def write(folder: Path, shards: int, samples: int) -> None:
@@ -36,9 +41,11 @@ def write(folder: Path, shards: int, samples: int) -> None:
             file.truncate(samples * 200_000)
         os.utime(tar, ns=(10**18, 10**18))
         sides, lengths = (
-            rng.choice(len(SIDES), samples, p=[0.6, 0.2, 0.1, 0.05, 0.04, 0.009, 0.001]),
+            rng.choice(len(SIDES) - 1, samples, p=[0.6, 0.2, 0.1, 0.05, 0.04, 0.009, 0.001]),
             rng.integers(5, 78, samples),
         )
+        if kind % 8 == 0:
+            sides[samples // 2] = len(SIDES) - 1
         keys = [f"{kind:05}{row:07}" for row in range(samples)]
         groups = {key: {"safetensors": Member("", row * 204_800, 200_000, "file")} for row, key in enumerate(keys)}
         facts = {"sha256": "", "size": samples * 200_000, "version": str(10**18), "digest": str(kind)}
@@ -76,6 +83,11 @@ def begin(folder: Path) -> dict[str, float]:
     ended = time.perf_counter()
     for n in range(middle + 1, middle + 101):
         plan.batch(n)
+    after = time.perf_counter()
+    rare = step_of_rare(plan, plan.window_of(middle))
+    plan, found = BatchPlan([table], 2048, seed=0), time.perf_counter()
+    plan.batch(rare)
+    gathered = time.perf_counter()
     return {
         "samples": samples.num_samples,
         "index_s": indexed - began,
@@ -83,10 +95,19 @@ def begin(folder: Path) -> dict[str, float]:
         "counts_s": counted - hashed,
         "first_batch_s": ended - counted,
         "total_s": ended - began,
-        "ms_a_batch_after": (time.perf_counter() - ended) * 10,
+        "ms_a_batch_after": (after - ended) * 10,
+        "rare_batch_s": gathered - found,
         "mb_more": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1e3,
         "checksum": int(first.id.sum()),
     }
+
+
+def step_of_rare(plan: BatchPlan, window: int) -> int:
+    """The next step, of this window or a later one, whose batch is of the last bucket."""
+    while plan._pieces(window + 1)[-1] == plan._pieces(window)[-1]:
+        window += 1
+    buckets = [bucket for bucket, _ in plan._batches(window)]
+    return int(plan._pieces(window).sum()) + buckets.index(len(SIDES) - 1)
 
 
 def main() -> None:

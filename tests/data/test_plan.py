@@ -160,6 +160,29 @@ def test_far_steps_are_cheap() -> None:
     assert _plan([1, 61, 30], 16).batch(10**9).id.shape == (16,)
 
 
+def test_a_rare_buckets_batch_is_that_of_windows_read_whole_and_reads_the_shards_that_have_it(monkeypatch) -> None:
+    """One sample in 800, a batch of 16: it is gathered from some 140 windows, three shards each."""
+    table, reads = Table([40] * 1000, num_buckets=1), []
+    table.counts = np.pad(table.counts, ((0, 0), (0, 1)))
+    for shard in range(3, 1000, 20):
+        table.rows(shard).bucket[shard % 40] = 1
+        table.bucket[40 * shard + shard % 40] = 1
+        table.counts[shard] += (-1, 1)
+    monkeypatch.setattr(table, "rows", lambda shard: reads.append(shard) or table._rows[shard])
+    plan = BatchPlan([table], 16, seed=0, window=90)
+    rare = [n for n in range(3 * plan.num_samples // 16) if plan.batch(n).id[0] in np.flatnonzero(table.bucket == 1)]
+    assert len(rare) == 3 * 50 // 16
+    for n in rare:
+        cold = BatchPlan([table], 16, seed=0, window=90)
+        cold.window_of(n)
+        reads.clear()
+        assert _same(cold.batch(n), plan.batch(n))
+        assert len(reads) < 60
+    monkeypatch.setattr("stack.data.plan._CACHED_WINDOWS", 10**6)
+    whole = BatchPlan([table], 16, seed=0, window=90)
+    assert all(_same(whole.batch(n), plan.batch(n)) for n in rare)
+
+
 def test_a_window_stays_in_few_shards() -> None:
     """Reads stay local: the samples of some hundred steps stand in the shards of a window and the one before."""
     plan = BatchPlan([Table([50] * 40, 1)], 10, 0, 200)
