@@ -381,7 +381,8 @@ class ShardCache:
     The folder holds DIGEST-NAME for each shard, DIGEST from its URL and version, its time of change being that of its
     last use; .DIGEST-NAME.part while one process, which holds a lock on it, downloads; and .lock, held while room is
     made. A .part has the size of its shard from the start, so downloads under way count; one without a lock is what a
-    killed process left and is removed. A shard may be removed while others have it open: they read on.
+    killed process left and is removed. A shard may be removed while others have it open: they read on, and its bytes
+    are on the disk until they close it, which a `ShardReader` does when it opens its next one.
     """
 
     def __init__(self, config: CacheConfig) -> None:

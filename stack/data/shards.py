@@ -247,7 +247,7 @@ def changed(url: str, how: str) -> UserError:
 class ShardReader:
     """Reads members by offset. Files are opened on first use, at most `max_open` at once, anew in a forked process.
 
-    A remote shard is fetched into `cache` first.
+    A remote shard is fetched into `cache` first, and those that the cache has removed meanwhile are closed.
     """
 
     def __init__(self, indices: Sequence[ShardIndex], cache: ShardCache | None = None, max_open: int = 64) -> None:
@@ -291,9 +291,7 @@ class ShardReader:
             self._process = os.getpid()
         if shard not in self._files:
             while len(self._files) >= self.max_open:
-                oldest, file = self._files.popitem(last=False)
-                self._views.pop(oldest, None)
-                file.close()
+                self._close(next(iter(self._files)))
             self._files[shard] = self._open(self.indices[shard])
         self._files.move_to_end(shard)
         return self._files[shard].fileno()
@@ -319,9 +317,18 @@ class ShardReader:
         return changed(index.url, f"{index.size:,} bytes then, {size:,} now")
 
     def close(self) -> None:
-        self._views.clear()
-        while self._files:
-            self._files.popitem()[1].close()
+        for shard in list(self._files):
+            self._close(shard)
+
+    def _close(self, shard: int) -> None:
+        self._views.pop(shard, None)
+        self._files.pop(shard).close()
+
+    def _close_evicted(self) -> None:
+        """Let go of what the cache has removed: its bytes are on the disk until then."""
+        for shard, file in list(self._files.items()):
+            if is_remote(self.indices[shard].url) and not os.fstat(file.fileno()).st_nlink:
+                self._close(shard)
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_files": OrderedDict(), "_views": {}}  # a spawned process opens its own
@@ -329,7 +336,10 @@ class ShardReader:
     def _open(self, index: ShardIndex) -> BinaryIO:
         if is_remote(index.url):
             assert self.cache is not None
-            return self.cache.open(index.url, Stat(index.size, index.version))
+            self._close_evicted()  # by others, before more is fetched
+            file = self.cache.open(index.url, Stat(index.size, index.version))
+            self._close_evicted()  # to make room for this one
+            return file
         try:
             file = open(index.url, "rb")  # noqa: SIM115
         except OSError as error:

@@ -279,6 +279,7 @@ def _encode_shard(
             advance(len(outcomes))
         rejected = [entry(index.name, *one) for one in listed]
         facts = {"mark": mark, "source": index.name, "rejected": rejected, "damage": index.damage, "buckets": counts}
+        reader.close()  # else a remote shard that the cache removes to fetch the next one stays on the disk
         writer.finish(facts)
     except BaseException:
         writer.abandon()

@@ -104,10 +104,19 @@ class Store(ThreadingHTTPServer):
         self.headers: dict[str, str] = {}  # further ones of every file
         self.on_get: Callable[[int], object] = lambda number: None  # called before the answer to the nth GET
 
+    @property
+    def root(self) -> str:
+        """The URL of the path "/"."""
+        return self.url
+
     def put(self, path: str, size: int, seed: int = 0) -> bytes:
-        self.files[path] = np.random.default_rng(seed).bytes(size)
+        data = np.random.default_rng(seed).bytes(size)
+        self.add(path, data)
+        return data
+
+    def add(self, path: str, data: bytes) -> None:
+        self.files[path] = data
         self.changes[path] = self.changes.get(path, 0) + 1
-        return self.files[path]
 
     def gets(self) -> list[str]:
         """The ranges of all GET requests so far."""
@@ -133,10 +142,12 @@ class Bucket(Store):
         self.client = boto3.client("s3", endpoint_url=f"http://127.0.0.1:{port}")
         self.client.create_bucket(Bucket="shards")
 
-    def put(self, path: str, size: int, seed: int = 0) -> bytes:
-        data = np.random.default_rng(seed).bytes(size)
-        self.client.put_object(Bucket="shards", Key=path, Body=data, ACL="public-read")
-        return data
+    @property
+    def root(self) -> str:
+        return "s3://shards"
+
+    def add(self, path: str, data: bytes) -> None:
+        self.client.put_object(Bucket="shards", Key=path.removeprefix("/"), Body=data, ACL="public-read")
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -251,6 +262,13 @@ def _moto() -> Iterator[Bucket]:
 def bucket(_moto: Bucket, _small_and_quick: None) -> Bucket:
     _moto.reset()
     return _moto
+
+
+@pytest.fixture(params=["http", "s3"])
+def either(request: pytest.FixtureRequest) -> Store:
+    """The web server, or the bucket."""
+    found: Store = request.getfixturevalue({"http": "store", "s3": "bucket"}[request.param])
+    return found
 
 
 @pytest.fixture
