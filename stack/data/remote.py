@@ -30,6 +30,7 @@ from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_at
 
 from stack.config import Config, UserError
 from stack.data.safety import check_source
+from stack.files import is_at
 from stack.log import say
 from stack.shown import redact
 
@@ -439,11 +440,11 @@ class ShardCache:
         """
         path = entry.with_name(f".{entry.name}.part")
         with _locked(path) as descriptor:
-            ours = _is_at(path, descriptor)
+            ours = is_at(path, descriptor)
             try:
                 yield descriptor if ours else None
             finally:
-                if ours and _is_at(path, descriptor):
+                if ours and is_at(path, descriptor):
                     path.unlink()
 
     def _fill(self, url: str, expected: Stat, entry: Path, descriptor: int) -> BinaryIO:
@@ -492,7 +493,7 @@ class ShardCache:
                 elif _PARTIAL.fullmatch(found.name):
                     try:
                         with _locked(path, fcntl.LOCK_NB) as descriptor:
-                            if _is_at(path, descriptor):
+                            if is_at(path, descriptor):
                                 path.unlink()
                     except BlockingIOError:
                         under_way += found.stat().st_size
@@ -530,10 +531,3 @@ def _locked(path: Path, flags: int = 0) -> Iterator[int]:
             fcntl.flock(descriptor, fcntl.LOCK_UN)  # closing would not do: a process forked meanwhile has it open too
     finally:
         os.close(descriptor)
-
-
-def _is_at(path: Path, descriptor: int) -> bool:
-    try:
-        return os.path.samestat(path.stat(), os.fstat(descriptor))
-    except FileNotFoundError:
-        return False

@@ -22,7 +22,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt, field_validator
 from autoencoders.codec import Codec, fingerprint
 from stack import config as configuration
 from stack import dist
-from stack.claims import Claims, owners, sweep
+from stack.claims import Claims, owners
 from stack.config import Config, UserError
 from stack.data import mlperf
 from stack.data.buckets import BucketConfig, histogram
@@ -35,7 +35,7 @@ from stack.data.shards import ShardReader, ShardSet, index_shards, unique_names
 from stack.files import publish
 from stack.log import progress, say
 from stack.preencode.pipeline import CHUNK_BATCHES, Encoders, no_caption, overlapped, read_samples
-from stack.preencode.writer import ShardWriter, stats_path
+from stack.preencode.writer import ShardWriter, outputs, stats_path
 from stack.shown import redact
 from stack.text.encoders import TextConfig, TextEncoders, fingerprints
 
@@ -135,7 +135,7 @@ def _work(config: PreencodeConfig, source: ShardSet, reader: ShardReader, target
             for number, target in list(left.items()):
                 with claims.hold(target.stem) as mine:
                     if mine and _stats(target, mark) is None:
-                        sweep(target)
+                        claims.sweep(config.out, [path.name for path in outputs(target)])
                         _encode_shard(config, encoders, source, reader, number, target, mark, advance)
                     elif mine:
                         advance(len(source.indices[number]))
