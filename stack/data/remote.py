@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from email.utils import parsedate_to_datetime
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeVar
@@ -85,7 +86,7 @@ def list_shards(source: str) -> list[str]:
     of the protocol is missing, PermissionError, and OSError where the store does not answer.
     """
     check_source(source)
-    shown, on_web = redact(source), source.startswith(("http://", "https://"))
+    shown, on_web = redact(source), _on_web(source)
     path = source.partition("?")[0] if on_web else source
     magic = "*[" if on_web else "*[?"
     is_glob = any(sign in path for sign in magic)
@@ -116,6 +117,23 @@ def stat(url: str) -> Stat:
     if info["size"] is None:
         raise UserError(f"{redact(url)}: the server does not tell the file's size (Content-Length)")
     return Stat(info["size"], _version(info))
+
+
+def modified(url: str) -> float | None:
+    """When a file was last written, in seconds by the store's own clock; None where the store does not tell.
+
+    Raises what `stat` does.
+    """
+
+    def ask() -> float | None:
+        fs, path = _filesystem(url)
+        try:
+            told = parsedate_to_datetime(fs.info(path)["Last-Modified"]) if _on_web(url) else fs.modified(path)
+            return float(told.timestamp())
+        except (KeyError, ValueError, OverflowError, NotImplementedError):
+            return None
+
+    return _retry(url, ask)
 
 
 def read_bytes(url: str, max_bytes: int) -> bytes | None:
@@ -179,6 +197,10 @@ def _filesystem(url: str) -> tuple[Any, str]:
     _instances.add(fs)
     fs.invalidate_cache()  # S3 would answer from its last listing
     return fs, path
+
+
+def _on_web(url: str) -> bool:
+    return url.startswith(("http://", "https://"))
 
 
 def _info(url: str) -> dict[str, Any]:

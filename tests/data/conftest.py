@@ -100,7 +100,7 @@ class Store(ThreadingHTTPServer):
         self.authorizations: list[str] = []
         # What to answer next instead, used up one a request: a status, or a body that breaks off in the middle.
         self.failures: dict[str, deque[int | Literal["drop"]]] = {"GET": deque(), "HEAD": deque()}
-        self.ranges = self.etags = True
+        self.ranges = self.etags = self.times = True
         self.headers: dict[str, str] = {}  # further ones of every file
         self.on_get: Callable[[int], object] = lambda number: None  # called before the answer to the nth GET
 
@@ -185,7 +185,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _file(self, path: str, span: str) -> tuple[int, dict[str, str], bytes]:
         store = self.server
-        headers = {**store.headers, "Last-Modified": f"Mon, 01 Jan 2024 00:00:{store.changes[path]:02} GMT"}
+        headers = dict(store.headers)
+        if store.times:
+            headers["Last-Modified"] = f"Mon, 01 Jan 2024 00:00:{store.changes[path]:02} GMT"
         if store.etags:
             headers["ETag"] = f'"{store.changes[path]}"'
         body = store.files[path]

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from stack.data import remote
+from stack.data.index import SUFFIX
 from stack.data.remote import ShardCache
 from stack.data.shards import ShardReader, index_shards
 
@@ -47,3 +48,52 @@ def test_what_is_read_stays_within_the_cache(
         most = max(most, _on_disk(cache.dir))
     assert cache.max_bytes / 2 < most <= cache.max_bytes
     reader.close()
+
+
+def _publish(store: Any, shard: Path, name: str = "0") -> None:
+    """A shard and the index beside it, in this order."""
+    index_shards(shard, rebuild=True)
+    for path in (shard, shard.with_suffix(SUFFIX)):
+        store.add(f"/p/{name}{path.name.removeprefix(shard.stem)}", path.read_bytes())
+
+
+@pytest.mark.parametrize("told", ["time and tag", "time", "tag"])
+def test_an_index_beside_a_shard_must_be_of_this_shard(
+    told: str,
+    store: Any,
+    cache: ShardCache,
+    tmp_path: Path,
+    pack: Callable,
+    sample: Callable,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    store.etags, store.times = "tag" in told, "time" in told
+    _publish(store, pack(tmp_path / "a.tar", sample("s", 1)))
+    url = f"{store.root}/p/0.tar"
+    store.changes = {"/p/0.tar": 1, f"/p/0{SUFFIX}": 1}
+    [index] = index_shards(url, tmp_path / "first", cache)
+    fetched = [path for method, path, _ in store.requests if method == "GET" and path.endswith(".tar")]
+    assert bool(fetched) == (told == "tag")  # no time, no proof
+    assert ShardReader([index], cache).read(0, 0, "txt") == b"a picture of number 1"
+
+    capsys.readouterr()
+    other = pack(tmp_path / "b.tar", sample("s", 2))
+    assert other.stat().st_size == index.size
+    store.add("/p/0.tar", other.read_bytes())
+    [again] = index_shards(url, tmp_path / "second", cache)
+    assert ShardReader([again], cache).read(0, 0, "txt") == b"a picture of number 2"
+    assert again.digest == index_shards(other)[0].digest != index.digest
+    said = capsys.readouterr().err
+    assert "1 of 1 indices beside the shards may be of others that stood there before" in said
+    assert "store an index after its shard" in said
+
+
+def test_the_time_of_a_file_is_that_of_its_store(either: Any, tmp_path: Path) -> None:
+    for path in ("/t/0.tar", f"/t/0{SUFFIX}", f"/t/0{SUFFIX}"):
+        either.add(path, b"x")
+    shard, index = (remote.modified(f"{either.root}/t/0{end}") for end in (".tar", SUFFIX))
+    assert shard is not None
+    assert index is not None
+    assert shard <= index
+    (tmp_path / "x").touch()
+    assert remote.modified(f"file://{tmp_path}/x") == pytest.approx((tmp_path / "x").stat().st_mtime)
