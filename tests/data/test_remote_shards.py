@@ -10,10 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from stack.data import remote
+from stack.data.dataset import LatentBatch, LatentData, LatentDataset
 from stack.data.index import SUFFIX
-from stack.data.remote import ShardCache
+from stack.data.plan import StepSampler
+from stack.data.remote import CacheConfig, ShardCache
 from stack.data.shards import ShardReader, index_shards
 
 
@@ -97,3 +100,56 @@ def test_the_time_of_a_file_is_that_of_its_store(either: Any, tmp_path: Path) ->
     assert shard <= index
     (tmp_path / "x").touch()
     assert remote.modified(f"file://{tmp_path}/x") == pytest.approx((tmp_path / "x").stat().st_mtime)
+
+
+def _put(store: Any, folder: Path, name: str) -> str:
+    """The URL of a copy of `folder`, indices last."""
+    paths = [path for path in folder.glob("[!.]*") if path.is_file()]
+    for path in sorted(paths, key=lambda path: path.name.endswith(SUFFIX)):
+        store.add(f"/{name}/{path.name}", path.read_bytes())
+    return f"{store.root}/{name}"
+
+
+def _latents(path: str, **keys: Any) -> LatentDataset:
+    return LatentDataset(LatentData(path=path, batch_size=8, max_validation=8, **keys), seed=0)
+
+
+def _batches(data: LatentDataset) -> list[LatentBatch]:
+    return list(data.loader(0, 12, 0, 1, 1))
+
+
+def test_training_data_from_a_store_that_fails_at_times(
+    either: Any, stage: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    url = _put(either, stage.encoded, "train")
+    either.reset()
+    either.on_get = lambda number: either.failures["GET"].append(503) if number % 3 == 0 else None
+    either.failures["HEAD"].extend([503] * 2)
+    data = _latents(url, cache=CacheConfig(dir=tmp_path / "cache", max_gb=0.001))
+    for one, other in zip(_batches(_latents(str(stage.encoded))), _batches(data), strict=True):
+        assert one.keys == other.keys
+        assert torch.equal(one.mean_BCHW, other.mean_BCHW)
+    assert capsys.readouterr().err.count("HTTP 503; attempt 2 of 6") > 4
+
+
+def test_a_window_that_the_cache_does_not_hold_is_said(
+    store: Any, stage: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    url = _put(store, stage.encoded, "train")
+    sizes = [path.stat().st_size for path in stage.encoded.glob("*.tar")]
+    keys: dict[str, Any] = {"validation_share": 0}
+    whole = sum(sizes) / 1e9
+    for max_gb, window, windows in ((whole, 96, ""), (whole - 1e-9, 96, "a window"), (1e-6, 40, "two windows")):
+        data = _latents(url, cache=CacheConfig(dir=tmp_path / "cache", max_gb=max_gb), window=window, **keys)
+        capsys.readouterr()
+        last = next(step for step in range(99) if data.plan.window_of(step + 1) > 2 * (window == 40))
+        data._fetch_ahead(StepSampler(data.plan, 0, last, 0, 1, 1))
+        said = capsys.readouterr().err
+        if not windows:
+            assert said == ""
+            continue
+        assert said.startswith(f"the shards of {windows} have ")
+        assert f" GB, more than data.cache.max_gb={max_gb:.6g}: they may be fetched many times" in said
+        assert "raise it, or lower data.window" in said
+        assert said.count("\n") == 1
+        assert window == 40 or f" {whole:.6g} GB" in said
