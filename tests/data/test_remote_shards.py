@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -18,6 +20,7 @@ from stack.data.index import SUFFIX
 from stack.data.plan import StepSampler
 from stack.data.remote import CacheConfig, ShardCache
 from stack.data.shards import ShardReader, index_shards
+from stack.preencode.pipeline import Encoders
 
 
 def _on_disk(folder: Path) -> int:
@@ -25,7 +28,7 @@ def _on_disk(folder: Path) -> int:
     found = {path.stat().st_ino: path.stat().st_size for path in folder.iterdir() if path.is_file()}
     for descriptor in Path("/proc/self/fd").iterdir():
         with suppress(FileNotFoundError):  # the one that lists them
-            if str(folder) in os.readlink(descriptor):  # a mapped file has a descriptor, too
+            if os.path.dirname(os.readlink(descriptor)) == str(folder):  # a mapped file has a descriptor, too
                 found[os.stat(descriptor).st_ino] = os.stat(descriptor).st_size
     return sum(found.values())
 
@@ -153,3 +156,69 @@ def test_a_window_that_the_cache_does_not_hold_is_said(
         assert "raise it, or lower data.window" in said
         assert said.count("\n") == 1
         assert window == 40 or f" {whole:.6g} GB" in said
+
+
+def _slowly(monkeypatch: pytest.MonkeyPatch, wait: Callable[[int], object]) -> list[float]:
+    """Call `wait(n)` inside the encoders before they take the nth chunk; the seconds that each takes in all."""
+    encode, seconds = Encoders._encode, []
+
+    def slow(self: Encoders, chunk: list[Any]) -> list[Any]:
+        began = time.monotonic()
+        wait(len(seconds))
+        samples = encode(self, chunk)
+        seconds.append(time.monotonic() - began)
+        return samples
+
+    monkeypatch.setattr(Encoders, "_encode", slow)
+    return seconds
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc/self/fd")
+def test_pre_encoding_from_a_store_that_fails_at_times(
+    either: Any,
+    stage: Any,
+    mmdit: Callable,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    url = _put(either, stage.shards, "raw")
+    either.reset()
+    either.on_get = lambda number: either.failures["GET"].append(503) if number % 3 == 0 else None
+    either.failures["HEAD"].extend([503] * 2)
+    sizes, most = sorted(path.stat().st_size for path in stage.shards.glob("*.tar")), []
+    room = sizes[-1] + sizes[-2]
+    _slowly(monkeypatch, lambda number: (time.sleep(1), most.append(_on_disk(tmp_path / "cache"))))
+    options = (f"source={url}", f"out={tmp_path}/out", f"cache.dir={tmp_path}/cache", f"cache.max_gb={room / 1e9}")
+    done = mmdit("preencode", stage.folder / "preencode.yaml", *options)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("HTTP 503; attempt 2 of 6") > 4
+    assert len(most) == 3
+    assert sizes[-1] < max(most) <= room
+    for path in stage.encoded.glob("[!.]*"):
+        if path.is_file() and not path.name.endswith(SUFFIX):  # an index says when its shard was written
+            assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def test_the_next_shard_is_fetched_while_one_is_encoded(
+    store: Any, stage: Any, mmdit: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = _put(store, stage.shards, "raw")
+    names = sorted(path.name for path in stage.shards.glob("*.tar"))
+    cache = tmp_path / "cache"
+
+    def wait(number: int) -> None:
+        deadline = time.monotonic() + 20
+        while number + 1 < len(names) and not list(cache.glob(f"[!.]*-{names[number + 1]}")):
+            assert time.monotonic() < deadline, f"{names[number + 1]} is not fetched"
+            time.sleep(0.02)
+
+    index_shards(url, tmp_path / "index", ShardCache(CacheConfig(dir=tmp_path / "indexing")))
+    seconds = _slowly(monkeypatch, wait)
+    store.on_get = lambda number: time.sleep(0.3)
+    options = (f"source={url}", f"index={tmp_path}/index", f"out={tmp_path}/out", f"cache.dir={cache}")
+    done = mmdit("preencode", stage.folder / "preencode.yaml", *options)
+    assert done.returncode == 0, done.stderr
+    said = re.search(r"out: ([0-9.]+) s, ([0-9.]+) % of them inside the encoders", done.stderr)
+    assert said is not None
+    assert float(said[1]) * float(said[2]) / 100 == pytest.approx(sum(seconds), abs=0.2)
+    assert sum(seconds) > 0.3 * (len(names) - 1)
