@@ -11,18 +11,16 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
 import socket
 import threading
-import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
 
-from stack.files import create
+from stack.files import TEMPORARY, create, place, temporary_name
 
 HEARTBEAT_S = 10.0
 STALE_S = 60.0
@@ -31,15 +29,20 @@ STALE_S = 60.0
 class Claims:
     """The claims of one worker in `folder`.
 
-    A claim is stale when its owner's process is gone (on this host), or when nothing was heard of it for STALE_S by the
-    folder's own clock, so that clocks of several hosts need not agree.
+    A claim is stale when its owner's process is gone (of this host and container), or when nothing was heard of it for
+    STALE_S by the folder's own clock, so that clocks of several hosts need not agree.
     """
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
         process = psutil.Process()
-        self._owner = {"host": socket.gethostname(), "pid": process.pid, "started": process.create_time()}
+        self._owner = {
+            "host": socket.gethostname(),
+            "place": place(),
+            "pid": process.pid,
+            "started": process.create_time(),
+        }
 
     @contextmanager
     def hold(self, name: str) -> Iterator[bool]:
@@ -65,9 +68,21 @@ class Claims:
         marks = {path: _read(path) for path in self._folder.glob("[!.]*")}
         return {path.name for path, mark in marks.items() if mark is not None and not self._stale(path, mark)}
 
+    def sweep(self, folder: Path, names: Collection[str]) -> None:
+        """Remove what dead writers of these files of `folder` left: temporary files (`temporary_name`) of processes
+        that are gone, or long untouched."""
+        for leftover in folder.glob(".*.tmp"):
+            match = TEMPORARY.fullmatch(leftover.name)
+            if match is None or match["name"] not in names:
+                continue
+            with contextlib.suppress(FileNotFoundError):
+                dead = match["place"] == self._owner["place"] and not is_alive(int(match["pid"]))
+                if dead or self._now() - leftover.stat().st_mtime > 10 * STALE_S:
+                    leftover.unlink()
+
     def _create(self, path: Path, mark: str) -> bool:
         """By a hard link, which is atomic on network file systems too, and never shows half a file."""
-        draft = self._draft(path)
+        draft = temporary_name(path)
         with create(draft) as file:
             file.write(mark.encode())
         try:
@@ -84,7 +99,7 @@ class Claims:
             return True  # just released
         if not self._stale(path, known):
             return False
-        aside = self._draft(path)
+        aside = temporary_name(path)
         try:
             os.rename(path, aside)  # of several workers one gets it
         except FileNotFoundError:
@@ -99,7 +114,7 @@ class Claims:
     def _stale(self, path: Path, mark: str) -> bool:
         try:
             owner = json.loads(mark)
-            here = owner["host"] == self._owner["host"]
+            here = owner["place"] == self._owner["place"]
             if here and not is_alive(owner["pid"], owner["started"]):
                 return True
         except (ValueError, KeyError, TypeError):
@@ -110,14 +125,11 @@ class Claims:
             return True
 
     def _now(self) -> float:
-        probe = self._draft(self._folder / "clock")
+        probe = temporary_name(self._folder / "clock")
         create(probe).close()
         now = probe.stat().st_mtime
         probe.unlink()
         return now
-
-    def _draft(self, path: Path) -> Path:
-        return path.with_name(f".{path.name}.{self._owner['host']}.{os.getpid()}.{threading.get_ident()}")
 
 
 def _beat(path: Path, done: threading.Event) -> None:
@@ -134,23 +146,12 @@ def _read(path: Path) -> str | None:
 
 
 def is_alive(pid: int, started: float | None = None) -> bool:
-    """Whether this host has a process `pid`, and it is the one that started then."""
+    """Whether there is a process `pid` here, and it is the one that started then."""
     try:
         process = psutil.Process(pid)
         return process.status() != psutil.STATUS_ZOMBIE and started in (None, process.create_time())
     except psutil.NoSuchProcess:
         return False
-
-
-def sweep(shard: Path) -> None:
-    """Remove what dead writers of this shard left: temporary files of processes that are gone, or long untouched."""
-    owner = re.compile(rf"\.{re.escape(socket.gethostname())}\.(\d+)\.tmp$")
-    for leftover in shard.parent.glob(f".{shard.stem}*.tmp"):
-        match = owner.search(leftover.name)
-        with contextlib.suppress(FileNotFoundError):
-            dead = match is not None and not is_alive(int(match[1]))
-            if dead or time.time() - leftover.stat().st_mtime > 10 * STALE_S:
-                leftover.unlink()
 
 
 def owners(folder: Path) -> list[str]:

@@ -4,14 +4,43 @@ holder."""
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
+import re
+import secrets
 import shutil
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
+
+TEMPORARY = re.compile(r"\.(?P<name>.+)\.(?P<place>[0-9a-f]{8})\.(?P<pid>\d+)\.[0-9a-f]{8}\.tmp")
+"""Names that `temporary_name` gives."""
+
+
+def place() -> str:
+    """A digest of where process ids mean the same: this host, since it started, and in it this container."""
+    told = [socket.gethostname()]  # which containers may share
+    with suppress(OSError):
+        told.append(Path("/proc/sys/kernel/random/boot_id").read_text())
+    with suppress(OSError):
+        told.append(str(os.stat("/proc/self/ns/pid").st_ino))
+    return hashlib.sha256("\n".join(told).encode()).hexdigest()[:8]
+
+
+def temporary_name(path: Path) -> Path:
+    """A name beside `path` that no other writer of it has, and that tells which process this one is."""
+    return path.with_name(f".{path.name}.{place()}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+
+
+def is_at(path: Path, descriptor: int) -> bool:
+    """Whether the open file is the one that stands at `path`."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
 
 
 def create(path: Path) -> BinaryIO:
@@ -24,7 +53,7 @@ def create(path: Path) -> BinaryIO:
 def publish(path: Path) -> Iterator[Path]:
     """A temporary file beside `path`; on success it is renamed to `path` with mode 0644, else removed."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
+    temporary = temporary_name(path)
     try:
         create(temporary).close()
         yield temporary

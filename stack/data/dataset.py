@@ -281,16 +281,27 @@ class ShardData(Dataset):
         """Bring the shards of the window behind the sampler's into the node's cache while that one is trained on."""
         plan = BatchPlan(self._tables, self.plan.batch_size, self.plan.seed, self.config.window)  # of this thread alone
         firsts = np.cumsum([0, *(len(table.counts) for table in self._tables)])
+
+        def remote_shards(window: int) -> list[ShardIndex]:
+            shards = [self.shards.indices[firsts[number] + shard] for number, shard in plan.shards_of(window)]
+            return [index for index in shards if is_remote(index.url)]
+
         window, last = plan.window_of(sampler.steps.start), plan.window_of(max(sampler.steps, default=0))
-        while window < last:
+        while True:
+            near = range(window, min(window + 2, last + 1))
+            size = sum({index.url: index.size for each in near for index in remote_shards(each)}.values())
+            if size > self._cache.max_bytes:  # what is fetched ahead would push out what is being read
+                what = "a window" if window >= last else "two windows"
+                sizes = f"the shards of {what} have {size / 1e9:.6g} GB"
+                holds = f"data.cache.max_gb={self._cache.max_bytes / 1e9:.6g}"
+                say(f"{sizes}, more than {holds}: they may be fetched many times; raise it, or lower data.window")
+                return
+            if window >= last:
+                return
             window += 1
-            both = {firsts[d] + shard for near in (window - 1, window) for d, shard in plan.shards_of(near)}
-            if sum(self.shards.indices[shard].size for shard in both) > self._cache.max_bytes:
-                return  # they would push out what is being read
             while plan.window_of(sampler.step) < window - 1:
                 time.sleep(1)
-            for number, shard in plan.shards_of(window):
-                index = self.shards.indices[firsts[number] + shard]
+            for index in remote_shards(window):
                 try:
                     self._cache.fetch(index.url, Stat(index.size, index.version))
                 except (UserError, OSError):

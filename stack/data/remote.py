@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from email.utils import parsedate_to_datetime
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeVar
@@ -30,6 +31,7 @@ from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_at
 
 from stack.config import Config, UserError
 from stack.data.safety import check_source
+from stack.files import is_at
 from stack.log import say
 from stack.shown import redact
 
@@ -84,7 +86,7 @@ def list_shards(source: str) -> list[str]:
     of the protocol is missing, PermissionError, and OSError where the store does not answer.
     """
     check_source(source)
-    shown, on_web = redact(source), source.startswith(("http://", "https://"))
+    shown, on_web = redact(source), _on_web(source)
     path = source.partition("?")[0] if on_web else source
     magic = "*[" if on_web else "*[?"
     is_glob = any(sign in path for sign in magic)
@@ -115,6 +117,23 @@ def stat(url: str) -> Stat:
     if info["size"] is None:
         raise UserError(f"{redact(url)}: the server does not tell the file's size (Content-Length)")
     return Stat(info["size"], _version(info))
+
+
+def modified(url: str) -> float | None:
+    """When a file was last written, in seconds by the store's own clock; None where the store does not tell.
+
+    Raises what `stat` does.
+    """
+
+    def ask() -> float | None:
+        fs, path = _filesystem(url)
+        try:
+            told = parsedate_to_datetime(fs.info(path)["Last-Modified"]) if _on_web(url) else fs.modified(path)
+            return float(told.timestamp())
+        except (KeyError, ValueError, OverflowError, NotImplementedError):
+            return None
+
+    return _retry(url, ask)
 
 
 def read_bytes(url: str, max_bytes: int) -> bytes | None:
@@ -178,6 +197,10 @@ def _filesystem(url: str) -> tuple[Any, str]:
     _instances.add(fs)
     fs.invalidate_cache()  # S3 would answer from its last listing
     return fs, path
+
+
+def _on_web(url: str) -> bool:
+    return url.startswith(("http://", "https://"))
 
 
 def _info(url: str) -> dict[str, Any]:
@@ -381,7 +404,8 @@ class ShardCache:
     The folder holds DIGEST-NAME for each shard, DIGEST from its URL and version, its time of change being that of its
     last use; .DIGEST-NAME.part while one process, which holds a lock on it, downloads; and .lock, held while room is
     made. A .part has the size of its shard from the start, so downloads under way count; one without a lock is what a
-    killed process left and is removed. A shard may be removed while others have it open: they read on.
+    killed process left and is removed. A shard may be removed while others have it open: they read on, and its bytes
+    are on the disk until they close it, which a `ShardReader` does when it opens its next one.
     """
 
     def __init__(self, config: CacheConfig) -> None:
@@ -438,11 +462,11 @@ class ShardCache:
         """
         path = entry.with_name(f".{entry.name}.part")
         with _locked(path) as descriptor:
-            ours = _is_at(path, descriptor)
+            ours = is_at(path, descriptor)
             try:
                 yield descriptor if ours else None
             finally:
-                if ours and _is_at(path, descriptor):
+                if ours and is_at(path, descriptor):
                     path.unlink()
 
     def _fill(self, url: str, expected: Stat, entry: Path, descriptor: int) -> BinaryIO:
@@ -491,7 +515,7 @@ class ShardCache:
                 elif _PARTIAL.fullmatch(found.name):
                     try:
                         with _locked(path, fcntl.LOCK_NB) as descriptor:
-                            if _is_at(path, descriptor):
+                            if is_at(path, descriptor):
                                 path.unlink()
                     except BlockingIOError:
                         under_way += found.stat().st_size
@@ -529,10 +553,3 @@ def _locked(path: Path, flags: int = 0) -> Iterator[int]:
             fcntl.flock(descriptor, fcntl.LOCK_UN)  # closing would not do: a process forked meanwhile has it open too
     finally:
         os.close(descriptor)
-
-
-def _is_at(path: Path, descriptor: int) -> bool:
-    try:
-        return os.path.samestat(path.stat(), os.fstat(descriptor))
-    except FileNotFoundError:
-        return False

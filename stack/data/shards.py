@@ -28,6 +28,7 @@ from stack.data.index import SUFFIX, ShardIndex, build_index, without_query
 from stack.data.remote import ShardCache, Stat, is_remote
 from stack.data.safety import MAX_TEXT, DecodeError
 from stack.data.tar import HEADER_BYTES, is_header_of
+from stack.log import say
 from stack.shown import redact
 
 _PARALLEL_BYTES = 2**28  # shards to index of less in all are not worth starting processes for
@@ -108,9 +109,10 @@ def index_shards(
     """Indices of all shards of `source` (see `find_shards`), sorted by path.
 
     An index is NNNNN.index.safetensors beside its shard, or in a subfolder of `folder` named after the shard's own; a
-    remote shard's stands beside it or in the cache's folder. One that is missing is built, in parallel where that is
-    worth it; each is kept as soon as it is built, so a stopped indexing goes on. `rebuild` builds those anew whose
-    shards have changed. `progress(done, total)` is called after each shard.
+    remote shard's stands beside it, if it was stored there no earlier than the shard itself, or in the cache's folder.
+    One that is missing is built, in parallel where that is worth it; each is kept as soon as it is built, so a stopped
+    indexing goes on. `rebuild` builds those anew whose shards have changed. `progress(done, total)` is called after
+    each shard.
 
     Raises UserError where there is no shard, an index cannot be written into `folder`, or a shard has changed since it
     was indexed.
@@ -125,6 +127,11 @@ def index_shards(
             indices[work.url] = known
             if progress is not None:
                 progress(len(indices), len(urls))
+    if num_outdated := sum(work.outdated for work in missing):
+        of_others = (
+            f"{num_outdated:,} of {len(urls):,} indices beside the shards may be of others that stood there before"
+        )
+        say(f"{redact(str(source))}: {of_others}; they are built anew: store an index after its shard")
     for index in _build_all(missing):
         indices[index.url] = index
         if progress is not None:
@@ -153,6 +160,7 @@ class _Work:
 
     def __init__(self, url: str, folder: Path | None, cache: ShardCache | None) -> None:
         self.url, self.cache = url, cache
+        self.outdated = False  # what lies beside the shard may be of another that stood there before
         self.must_write = folder is not None
         if is_remote(url):
             assert cache is not None, "a remote source needs a cache"
@@ -184,12 +192,13 @@ class _Work:
         raise changed(self.url, f"{index.size:,} bytes when it was indexed, {self.stat.size:,} now")
 
     def _published(self) -> ShardIndex | None:
-        """The index that lies beside a remote shard."""
+        """The index that lies beside a remote shard, and was stored after it."""
         if not is_remote(self.url):
             return None
         path = without_query(self.url)
+        beside = path.removesuffix(".tar") + SUFFIX + self.url[len(path) :]
         try:
-            data = remote.read_bytes(path.removesuffix(".tar") + SUFFIX + self.url[len(path) :], max_bytes=2**30)
+            data = remote.read_bytes(beside, max_bytes=2**30)
         except PermissionError:  # what a store says of all it lacks, if it must not be listed
             return None
         try:
@@ -197,6 +206,10 @@ class _Work:
         except ValueError:
             return None
         if index is None or index.size != self.stat.size:
+            return None
+        shard_time, index_time = remote.modified(self.url), remote.modified(beside)
+        if shard_time is None or index_time is None or index_time < shard_time:
+            self.outdated = True
             return None
         return self._keep(index.of_version(self.stat.version))
 
@@ -247,7 +260,7 @@ def changed(url: str, how: str) -> UserError:
 class ShardReader:
     """Reads members by offset. Files are opened on first use, at most `max_open` at once, anew in a forked process.
 
-    A remote shard is fetched into `cache` first.
+    A remote shard is fetched into `cache` first, and those that the cache has removed meanwhile are closed.
     """
 
     def __init__(self, indices: Sequence[ShardIndex], cache: ShardCache | None = None, max_open: int = 64) -> None:
@@ -291,9 +304,7 @@ class ShardReader:
             self._process = os.getpid()
         if shard not in self._files:
             while len(self._files) >= self.max_open:
-                oldest, file = self._files.popitem(last=False)
-                self._views.pop(oldest, None)
-                file.close()
+                self._close(next(iter(self._files)))
             self._files[shard] = self._open(self.indices[shard])
         self._files.move_to_end(shard)
         return self._files[shard].fileno()
@@ -319,9 +330,18 @@ class ShardReader:
         return changed(index.url, f"{index.size:,} bytes then, {size:,} now")
 
     def close(self) -> None:
-        self._views.clear()
-        while self._files:
-            self._files.popitem()[1].close()
+        for shard in list(self._files):
+            self._close(shard)
+
+    def _close(self, shard: int) -> None:
+        self._views.pop(shard, None)
+        self._files.pop(shard).close()
+
+    def _close_evicted(self) -> None:
+        """Let go of what the cache has removed: its bytes are on the disk until then."""
+        for shard, file in list(self._files.items()):
+            if is_remote(self.indices[shard].url) and not os.fstat(file.fileno()).st_nlink:
+                self._close(shard)
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_files": OrderedDict(), "_views": {}}  # a spawned process opens its own
@@ -329,7 +349,10 @@ class ShardReader:
     def _open(self, index: ShardIndex) -> BinaryIO:
         if is_remote(index.url):
             assert self.cache is not None
-            return self.cache.open(index.url, Stat(index.size, index.version))
+            self._close_evicted()  # by others, before more is fetched
+            file = self.cache.open(index.url, Stat(index.size, index.version))
+            self._close_evicted()  # to make room for this one
+            return file
         try:
             file = open(index.url, "rb")  # noqa: SIM115
         except OSError as error:

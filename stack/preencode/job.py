@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import base64
 import json
+import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,20 +24,20 @@ from pydantic import Field, NonNegativeInt, PositiveInt, field_validator
 from autoencoders.codec import Codec, fingerprint
 from stack import config as configuration
 from stack import dist
-from stack.claims import Claims, owners, sweep
+from stack.claims import Claims, owners
 from stack.config import Config, UserError
 from stack.data import mlperf
 from stack.data.buckets import BucketConfig, histogram
 from stack.data.dataset import say_damage
 from stack.data.index import ShardIndex
-from stack.data.remote import CacheConfig, ShardCache, is_remote
+from stack.data.remote import CacheConfig, ShardCache, Stat, is_remote
 from stack.data.safety import Rejected, check_budget, entry
 from stack.data.schema import DTYPES, MANIFEST, Manifest, ShardRecord, T5Dtype, load_manifest, text_tensors, to_bytes
 from stack.data.shards import ShardReader, ShardSet, index_shards, unique_names
 from stack.files import publish
 from stack.log import progress, say
 from stack.preencode.pipeline import CHUNK_BATCHES, Encoders, no_caption, overlapped, read_samples
-from stack.preencode.writer import ShardWriter, stats_path
+from stack.preencode.writer import ShardWriter, outputs, stats_path
 from stack.shown import redact
 from stack.text.encoders import TextConfig, TextEncoders, fingerprints
 
@@ -135,7 +137,8 @@ def _work(config: PreencodeConfig, source: ShardSet, reader: ShardReader, target
             for number, target in list(left.items()):
                 with claims.hold(target.stem) as mine:
                     if mine and _stats(target, mark) is None:
-                        sweep(target)
+                        claims.sweep(config.out, [path.name for path in outputs(target)])
+                        _fetch_next(reader, number, left, claims)
                         _encode_shard(config, encoders, source, reader, number, target, mark, advance)
                     elif mine:
                         advance(len(source.indices[number]))
@@ -154,6 +157,26 @@ def _work(config: PreencodeConfig, source: ShardSet, reader: ShardReader, target
     wall = time.monotonic() - began
     if encoders.seconds:
         say(f"{config.out}: {wall:.1f} s, {100 * encoders.seconds / wall:.1f} % of them inside the encoders")
+
+
+def _fetch_next(reader: ShardReader, number: int, left: dict[int, Path], claims: Claims) -> None:
+    """Open shard `number`; while it is encoded, a thread brings the next one that nobody has in hand into the cache."""
+    here, cache = reader.indices[number], reader.cache
+    if not is_remote(here.url):
+        return
+    reader.handle(number)
+    held = claims.held()
+    following = next((other for other, target in left.items() if other > number and target.stem not in held), None)
+    if following is None or cache is None:
+        return
+    index = reader.indices[following]
+    if here.size + index.size <= cache.max_bytes:  # else it would push out what is being read
+        threading.Thread(target=_fetch, args=(cache, index), daemon=True).start()
+
+
+def _fetch(cache: ShardCache, index: ShardIndex) -> None:
+    with suppress(UserError, OSError):  # whoever needs the shard says so
+        cache.fetch(index.url, Stat(index.size, index.version))
 
 
 def _check_budget(config: PreencodeConfig, source: ShardSet, known: dict[int, dict[str, Any]]) -> None:
@@ -284,6 +307,7 @@ def _encode_shard(
             advance(len(outcomes))
         rejected = [entry(index.name, *one) for one in listed]
         facts = {"mark": mark, "source": index.name, "rejected": rejected, "damage": index.damage, "buckets": counts}
+        reader.close()  # else a remote shard that the cache removes to fetch the next one stays on the disk
         writer.finish(facts)
     except BaseException:
         writer.abandon()

@@ -8,16 +8,17 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import socket
 from pathlib import Path
 from typing import Any
 
 import torch
 import webdataset
 
+from stack.config import UserError
+from stack.data.index import SUFFIX
 from stack.data.schema import EncodedSample, T5Dtype, sample_to_bytes
 from stack.data.shards import index_shards
-from stack.files import create, publish
+from stack.files import create, is_at, publish, temporary_name
 
 
 class ShardWriter:
@@ -26,7 +27,7 @@ class ShardWriter:
     def __init__(self, path: Path, dtype: torch.dtype, t5_dtype: T5Dtype = None):
         self.path = path
         self._dtype, self._t5_dtype = dtype, t5_dtype
-        self._partial = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
+        self._partial = temporary_name(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = create(self._partial)  # a name would be taken for a URL if it looks like one
         self._tar = webdataset.TarWriter(self._file, mtime=0, mode=0o644)
@@ -47,7 +48,10 @@ class ShardWriter:
         self._squares = self._squares + (values.square() + variance).sum(1)
 
     def finish(self, facts: dict[str, Any]) -> None:
-        """Publish tar, index and stats. `facts` go into the stats beside counts, sums over the latent and sha256."""
+        """Publish tar, index and stats. `facts` go into the stats beside counts, sums over the latent and sha256.
+
+        Raises UserError where the temporary file is no longer the one that was written.
+        """
         self._tar.close()
         self._file.flush()
         os.fsync(self._file.fileno())
@@ -55,8 +59,10 @@ class ShardWriter:
         digest = hashlib.sha256()
         while piece := self._file.read(2**24):
             digest.update(piece)
+        os.fchmod(self._file.fileno(), 0o644)
+        if not is_at(self._partial, self._file.fileno()):
+            raise UserError(f"{self._partial}: another process removed or replaced this file while it was written")
         self._file.close()
-        os.chmod(self._partial, 0o644)
         os.replace(self._partial, self.path)
         index_shards(self.path, rebuild=True)
         stats = {
@@ -73,6 +79,11 @@ class ShardWriter:
     def abandon(self) -> None:
         self._partial.unlink(missing_ok=True)
         self._file.close()
+
+
+def outputs(shard: Path) -> list[Path]:
+    """What `ShardWriter.finish` publishes."""
+    return [shard, shard.with_name(shard.stem + SUFFIX), stats_path(shard)]
 
 
 def stats_path(shard: Path) -> Path:

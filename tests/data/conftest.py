@@ -100,14 +100,23 @@ class Store(ThreadingHTTPServer):
         self.authorizations: list[str] = []
         # What to answer next instead, used up one a request: a status, or a body that breaks off in the middle.
         self.failures: dict[str, deque[int | Literal["drop"]]] = {"GET": deque(), "HEAD": deque()}
-        self.ranges = self.etags = True
+        self.ranges = self.etags = self.times = True
         self.headers: dict[str, str] = {}  # further ones of every file
         self.on_get: Callable[[int], object] = lambda number: None  # called before the answer to the nth GET
 
+    @property
+    def root(self) -> str:
+        """The URL of the path "/"."""
+        return self.url
+
     def put(self, path: str, size: int, seed: int = 0) -> bytes:
-        self.files[path] = np.random.default_rng(seed).bytes(size)
+        data = np.random.default_rng(seed).bytes(size)
+        self.add(path, data)
+        return data
+
+    def add(self, path: str, data: bytes) -> None:
+        self.files[path] = data
         self.changes[path] = self.changes.get(path, 0) + 1
-        return self.files[path]
 
     def gets(self) -> list[str]:
         """The ranges of all GET requests so far."""
@@ -133,10 +142,12 @@ class Bucket(Store):
         self.client = boto3.client("s3", endpoint_url=f"http://127.0.0.1:{port}")
         self.client.create_bucket(Bucket="shards")
 
-    def put(self, path: str, size: int, seed: int = 0) -> bytes:
-        data = np.random.default_rng(seed).bytes(size)
-        self.client.put_object(Bucket="shards", Key=path, Body=data, ACL="public-read")
-        return data
+    @property
+    def root(self) -> str:
+        return "s3://shards"
+
+    def add(self, path: str, data: bytes) -> None:
+        self.client.put_object(Bucket="shards", Key=path.removeprefix("/"), Body=data, ACL="public-read")
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -174,7 +185,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _file(self, path: str, span: str) -> tuple[int, dict[str, str], bytes]:
         store = self.server
-        headers = {**store.headers, "Last-Modified": f"Mon, 01 Jan 2024 00:00:{store.changes[path]:02} GMT"}
+        headers = dict(store.headers)
+        if store.times:
+            headers["Last-Modified"] = f"Mon, 01 Jan 2024 00:00:{store.changes[path]:02} GMT"
         if store.etags:
             headers["ETag"] = f'"{store.changes[path]}"'
         body = store.files[path]
@@ -251,6 +264,13 @@ def _moto() -> Iterator[Bucket]:
 def bucket(_moto: Bucket, _small_and_quick: None) -> Bucket:
     _moto.reset()
     return _moto
+
+
+@pytest.fixture(params=["http", "s3"])
+def either(request: pytest.FixtureRequest) -> Store:
+    """The web server, or the bucket."""
+    found: Store = request.getfixturevalue({"http": "store", "s3": "bucket"}[request.param])
+    return found
 
 
 @pytest.fixture

@@ -322,15 +322,6 @@ def fetched(cache: Path, data: LatentDataset) -> set[int]:
     return {shard for shard, index in enumerate(data.shards.indices) if index.name in names}
 
 
-def test_training_data_over_http(stage, tmp_path):
-    with served(stage.encoded) as url:
-        cache = CacheConfig(dir=tmp_path / "cache", max_gb=0.001)
-        remote = batches(dataset(url, cache=cache), 12)
-    for one, other in zip(batches(dataset(stage.encoded), 12), remote, strict=True):
-        assert one.keys == other.keys
-        assert torch.equal(one.mean_BCHW, other.mean_BCHW)
-
-
 @pytest.mark.skipif(not (SHARED / "data" / "emoji").is_dir(), reason="shared data is not here")
 def test_little_of_a_batch_of_real_captions_is_padding(tmp_path):
     """The emoji's captions, 3 to 29 tokens, in batches of 32: at most a tenth of the tokens is padding."""

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
-import socket
 import tarfile
-import threading
 from pathlib import Path
 
 import pytest
@@ -20,9 +18,13 @@ from stack.config import UserError
 from stack.data.index import SUFFIX, ShardIndex, build_index
 from stack.data.remote import CacheConfig, ShardCache, Stat
 from stack.data.shards import ShardReader, index_shards
-from stack.files import publish
+from stack.files import publish, temporary_name
 
-HOST, PID = socket.gethostname(), os.getpid()
+
+@pytest.fixture
+def foretold(monkeypatch) -> None:
+    """Temporary names are the same each time, as if someone had guessed what is drawn."""
+    monkeypatch.setattr("secrets.token_hex", lambda count: "0" * 2 * count)
 
 
 @pytest.fixture
@@ -124,15 +126,15 @@ def test_an_output_that_leads_to_the_source_is_refused(kind, mmdit, stage, tmp_p
     assert (shards / "00000.tar").read_bytes() == before
 
 
+@pytest.mark.usefixtures("foretold")
 def test_links_planted_where_pre_encoding_writes_are_not_followed(mmdit, stage, tmp_path, shards, secret):
     out, index, before = tmp_path / "out", tmp_path / "index", secret.read_bytes()
     index_shards(shards, index)
     [beside] = index.rglob(f"*{SUFFIX}")
     names = [f"00000{SUFFIX}", "00000_stats.json", "manifest.json", "rejected.jsonl", "00000.tar"]
-    drafts = [out / f".{name}.{HOST}.{PID}.tmp" for name in names]
-    drafts.append(out / ".claims" / f".00000.{HOST}.{PID}.{threading.get_ident()}")
+    drafts = [temporary_name(path) for path in (*(out / name for name in names), out / ".claims" / "00000")]
     finals = [out / name for name in names if name != "manifest.json"]
-    for path in (*drafts, *finals, beside, beside.with_name(f".{beside.name}.{HOST}.{PID}.tmp")):
+    for path in (*drafts, *finals, beside, temporary_name(beside)):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.unlink(missing_ok=True)
         path.symlink_to(secret)
@@ -145,11 +147,12 @@ def test_links_planted_where_pre_encoding_writes_are_not_followed(mmdit, stage, 
     assert (len(build_index(out / "00000.tar")), len(ShardIndex("", beside))) == (4, 4)
 
 
+@pytest.mark.usefixtures("foretold")
 def test_links_planted_where_training_writes_are_not_followed(mmdit, stage, tmp_path, shards, secret):
     run, before = tmp_path / "run", secret.read_bytes()
     names = ["config.yaml", "metrics.jsonl", "samples/00000001.png", "snapshots/00000001.safetensors"]
     for name in names:
-        for path in (run / name, (run / name).with_name(f".{Path(name).name}.{HOST}.{PID}.tmp")):
+        for path in (run / name, temporary_name(run / name)):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.symlink_to(secret)
     (run / "rejected.jsonl").symlink_to(secret)
@@ -163,9 +166,10 @@ def test_links_planted_where_training_writes_are_not_followed(mmdit, stage, tmp_
     assert not any((run / name).is_symlink() for name in (*names, "rejected.jsonl"))
 
 
+@pytest.mark.usefixtures("foretold")
 def test_publishing_replaces_a_link_and_leaves_what_it_led_to(tmp_path, secret):
     before = secret.read_bytes()
-    for path in (tmp_path / "x", tmp_path / f".x.{HOST}.{PID}.tmp"):
+    for path in (tmp_path / "x", temporary_name(tmp_path / "x")):
         path.symlink_to(secret)
     with publish(tmp_path / "x") as temporary:
         temporary.write_text("new")
@@ -173,11 +177,12 @@ def test_publishing_replaces_a_link_and_leaves_what_it_led_to(tmp_path, secret):
     assert secret.read_bytes() == before
 
 
+@pytest.mark.usefixtures("foretold")
 def test_a_claim_is_not_written_through_a_link(tmp_path, secret):
     before = secret.read_bytes()
     claims = Claims(tmp_path / "claims")
     for name in ("00000", "clock"):
-        (tmp_path / "claims" / f".{name}.{HOST}.{PID}.{threading.get_ident()}").symlink_to(secret)
+        temporary_name(tmp_path / "claims" / name).symlink_to(secret)
     stat = secret.stat()
     with claims.hold("00000") as mine:
         assert mine

@@ -4,8 +4,11 @@ import io
 import json
 import os
 import pickle
+import signal
 import tarfile
+import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -379,10 +382,49 @@ def test_a_changed_shard_is_refused_until_it_is_indexed_again(tmp_path: Path) ->
 
 
 def test_many_bytes_are_indexed_by_several_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "at work").mkdir()
+
+    def build(*arguments: Any) -> ShardIndex:
+        """Waits for another process to be at work, too."""
+        (tmp_path / "at work" / str(os.getpid())).touch()
+        deadline = time.monotonic() + 20
+        while len(list((tmp_path / "at work").iterdir())) < 2 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return build_index(*arguments)
+
     monkeypatch.setattr("stack.data.shards._PARALLEL_BYTES", 0)
+    monkeypatch.setattr("stack.data.shards.build_index", build)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1})
     found = index_shards(_three_shards(tmp_path / "data"))
     assert [index.keys for index in found] == [["00000", "00001", "00002"], ["00000"], ["00000", "00001"]]
     assert len(list((tmp_path / "data").glob(f"*{SUFFIX}"))) == 3
+    pids = {int(path.name) for path in (tmp_path / "at work").iterdir()}
+    assert len(pids - {os.getpid()}) == 2
+
+
+def test_an_indexing_that_was_killed_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = _three_shards(tmp_path / "data")
+    built: list[str] = []
+
+    def build(path: str) -> ShardIndex:
+        built.append(Path(path).stem)
+        if built == ["00000", "00001"]:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return build_index(path)
+
+    monkeypatch.setattr("stack.data.shards.build_index", build)
+    if (child := os.fork()) == 0:
+        try:
+            index_shards(folder)
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    [finished] = folder.glob(f"*{SUFFIX}")
+    written = finished.stat().st_mtime_ns
+    built.append("of the next process")
+    assert [len(index) for index in index_shards(folder)] == [3, 1, 2]
+    assert built[1:] == ["00001", "00002"]
+    assert (finished.name, finished.stat().st_mtime_ns) == (f"00000{SUFFIX}", written)
 
 
 def test_a_cache_keeps_folders_apart_and_the_data_untouched(tmp_path: Path) -> None:

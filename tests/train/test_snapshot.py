@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import socket
 from pathlib import Path
 
+from stack.files import place
 from stack.train import snapshot
 
 
@@ -32,7 +32,7 @@ def test_a_lease_spares_a_snapshot_while_its_owner_lives(tmp_path):
         assert mine
         snapshot.retire(tmp_path, 4, config, batch_size=8)
         assert snapshot.steps(tmp_path) == [1, 4]
-    dead = {"host": socket.gethostname(), "pid": 2**22 + 1, "started": 0.0}  # beyond the kernel's largest
+    dead = {"place": place(), "pid": 2**22 + 1, "started": 0.0}  # beyond the kernel's largest
     (tmp_path / "snapshots" / ".claims" / lease).write_text(json.dumps(dead))
     snapshot.retire(tmp_path, 4, config, batch_size=8)
     assert snapshot.steps(tmp_path) == [4]

@@ -1,0 +1,144 @@
+"""Claims on a shared folder: whose owner lives keeps them, others are taken; what dead writers left is swept."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from stack import claims
+from stack.claims import Claims
+from stack.files import place, temporary_name
+
+NOBODY = 2**22 + 1  # beyond the kernel's largest process id
+
+
+def write(path: Path, **owner: object) -> Path:
+    """The claim of a process of another host, unless `owner` says where."""
+    path.write_text(json.dumps({"host": "elsewhere", "place": "0" * 8, "pid": 1, "started": 0.0, **owner}))
+    return path
+
+
+def age(path: Path, seconds: float) -> None:
+    os.utime(path, (time.time() - seconds,) * 2)
+
+
+def taken(folder: Path, name: str = "00000") -> bool:
+    with Claims(folder).hold(name) as mine:
+        return mine
+
+
+def test_a_claim_of_another_host_is_taken_when_it_is_old(tmp_path):
+    path = write(tmp_path / "00000")
+    assert not taken(tmp_path)
+    assert Claims(tmp_path).held() == {"00000"}
+    age(path, claims.STALE_S - 5)
+    assert not taken(tmp_path)
+    age(path, claims.STALE_S + 1)
+    assert Claims(tmp_path).held() == set()
+    assert taken(tmp_path)
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("where", ["here", "another container"])
+def test_a_process_id_says_something_in_its_own_container_alone(tmp_path, where):
+    gone = {"host": socket.gethostname(), "pid": NOBODY}
+    write(tmp_path / "00000", **gone, place=place() if where == "here" else "0" * 8)
+    assert taken(tmp_path) == (where == "here")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux's namespaces")
+def test_the_place_is_the_process_ids_namespace():
+    command = ["unshare", "--user", "--map-root-user", "--pid", "--fork", sys.executable]
+    code = "from stack.files import place; print(place())"
+    there = subprocess.run([*command, "-c", code], capture_output=True, text=True)
+    if there.returncode:
+        pytest.skip("namespaces cannot be made here")
+    again = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert again.stdout.strip() == place() != there.stdout.strip()
+
+
+def test_a_claim_of_a_later_process_with_the_same_id_is_taken(tmp_path):
+    mine = psutil.Process()
+    write(tmp_path / "00000", place=place(), pid=mine.pid, started=mine.create_time())
+    assert not taken(tmp_path)
+    write(tmp_path / "00000", place=place(), pid=mine.pid, started=mine.create_time() - 1)
+    assert taken(tmp_path)
+
+
+def test_a_heartbeat_keeps_a_claim_and_its_end_gives_it_up(tmp_path, monkeypatch):
+    monkeypatch.setattr(claims, "HEARTBEAT_S", 0.05)
+    monkeypatch.setattr(claims, "STALE_S", 1.0)
+    other = Claims(tmp_path)
+    other._owner = {"host": "elsewhere", "place": "0" * 8, "pid": 1, "started": 0.0}
+    with other.hold("00000") as held:
+        assert held
+        deadline = time.monotonic() + 2.5
+        while time.monotonic() < deadline:
+            assert not taken(tmp_path)
+            time.sleep(0.05)
+    monkeypatch.setattr(claims, "_beat", lambda path, done: None)  # as if its host had lost power
+    with other.hold("00000") as held:
+        assert held
+        assert not taken(tmp_path)
+        time.sleep(1.2)
+        with Claims(tmp_path).hold("00000") as mine:
+            assert mine
+            mark = (tmp_path / "00000").read_text()
+            assert not taken(tmp_path)
+            with other.hold("00000") as again:
+                assert not again
+    assert json.loads(mark)["pid"] == os.getpid()
+    assert not (tmp_path / "00000").exists()
+
+
+def test_who_comes_back_leaves_the_claim_of_who_took_over(tmp_path, monkeypatch):
+    monkeypatch.setattr(claims, "_beat", lambda path, done: None)
+    other = Claims(tmp_path)
+    other._owner = {"host": "elsewhere", "place": "0" * 8, "pid": 1, "started": 0.0}
+    holding = other.hold("00000")
+    assert holding.__enter__()
+    age(tmp_path / "00000", claims.STALE_S + 1)
+    with Claims(tmp_path).hold("00000") as mine:
+        assert mine
+        holding.__exit__(None, None, None)
+        assert (tmp_path / "00000").exists()
+
+
+def leave(path: Path, where: str, pid: int, seconds: float = 0) -> Path:
+    """A temporary file of `path` by a process of `where`, untouched for some time."""
+    name = temporary_name(path).name.replace(f".{place()}.{os.getpid()}.", f".{where}.{pid}.")
+    left = path.with_name(name)
+    left.touch()
+    age(left, seconds)
+    return left
+
+
+def test_what_dead_writers_left_is_swept(tmp_path, monkeypatch):
+    target, here, there, long = tmp_path / "1.tar", place(), "0" * 8, 10 * claims.STALE_S
+    gone = [
+        leave(target, here, NOBODY),
+        leave(target, there, 1, long + 5),
+        leave(target, here, os.getpid(), long + 5),
+        leave(tmp_path / "1_stats.json", here, NOBODY),
+    ]
+    stays = [
+        leave(target, here, os.getpid()),
+        leave(target, there, NOBODY, long - 5),
+        leave(tmp_path / "10.tar", there, 123, long + 5),  # another shard's, whose writer may be slow
+        leave(tmp_path / "10.tar", here, NOBODY),
+        leave(tmp_path / "1.tar.tar", here, NOBODY),
+        tmp_path / ".1.tar.by-hand.tmp",
+    ]
+    stays[-1].touch()
+    monkeypatch.setattr(time, "time", lambda: 0.0)  # the folder's clock alone counts
+    Claims(tmp_path / ".claims").sweep(tmp_path, ["1.tar", "1_stats.json"])
+    assert sorted(tmp_path.glob(".*.tmp")) == sorted(stays)
+    assert not any(path.exists() for path in gone)
