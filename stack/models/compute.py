@@ -36,7 +36,7 @@ def check(config: ComputeConfig, model: MMDiTConfig, device: torch.device, dtype
     """UserError where a training of `model` in `dtype` on `device` cannot compute as `config` says."""
     attention = choose(config.attention, device, dtype, model.head_size, backward=True)
     if config.recompute == "selective" and attention not in ("sdpa", "varlen"):
-        raise UserError(f"compute.recompute=selective keeps what sdpa and varlen attend to, not attention={attention}")
+        raise UserError(f"compute.recompute=selective keeps results of sdpa and varlen, not of attention={attention}")
 
 
 def configure(network: nn.Module, config: ComputeConfig) -> None:

@@ -239,7 +239,7 @@ def test_snapshots_are_looked_at_with_what_runs_for_them(stage, mmdit, monkeypat
     [
         ({}, ("compute.attention=xformers",), "compute.attention=xformers: needs a GPU, got cpu"),
         ({}, ("compute.attention=flex",), "compute.attention=flex: has no backward pass on cpu"),
-        ({}, ("compute.attention=reference", "compute.recompute=selective"), "not attention=reference"),
+        ({}, ("compute.attention=reference", "compute.recompute=selective"), "not of attention=reference"),
         (
             {},
             ("compute.compile=true", "parallel.engine=zero", "parallel.zero_stage=3"),
