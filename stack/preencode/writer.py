@@ -61,7 +61,8 @@ class ShardWriter:
             digest.update(piece)
         os.fchmod(self._file.fileno(), 0o644)
         if not is_at(self._partial, self._file.fileno()):
-            raise UserError(f"{self._partial}: another process removed or replaced this file while it was written")
+            problem = "another process removed or replaced this file while it was written; start again"
+            raise UserError(f"{self._partial}: {problem}")
         self._file.close()
         os.replace(self._partial, self.path)
         index_shards(self.path, rebuild=True)
