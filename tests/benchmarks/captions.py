@@ -13,6 +13,7 @@ from contenders import members, shards_of
 from peers import Pass
 from torch import Tensor
 
+from stack.data.schema import to_float8
 from stack.text import tokenizer
 from stack.text.encoders import TextConfig, TextEncoders, write_untrained_encoders
 
@@ -97,6 +98,12 @@ class T5:
         """Between ours and the true tokens of captions padded and masked."""
         pairs = zip(self.ours(captions), self.padded(captions, masked=True), strict=True)
         return max(float((ours - padded[: len(ours)]).abs().max()) for ours, padded in pairs)
+
+    def float8_error(self, captions: Sequence[str]) -> float:
+        """Root mean square of what float8 loses, relative to the embeddings' own."""
+        exact_LD = torch.cat(self.ours(captions)).float()
+        stored_LD, scale_L = to_float8(exact_LD)
+        return float((stored_LD.float() * scale_L[:, None] - exact_LD).norm() / exact_LD.norm())
 
 
 def timed(encode: Callable[[Sequence[str]], list[Tensor]], captions: Sequence[str]) -> Callable[[], Pass]:

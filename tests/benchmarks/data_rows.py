@@ -63,6 +63,7 @@ class Benchmark:
         for kind in (EMOJI, LONG):
             rows[f"T5, {kind} / padded to 256"] = partial(self._text, kind)
         rows["T5, largest difference / padded, masked"] = self._exactness
+        rows["T5 in float8, relative error"] = self._float8
         for kind in (EMOJI, LONG):
             rows[f"bytes, {kind}, bfloat16 / FLUX"] = partial(self._bytes, kind, {}, 6.0)
             rows[f"bytes, {kind}, T5 in float8 / FLUX"] = partial(self._bytes, kind, FLOAT8_T5, 12.0)
@@ -150,6 +151,10 @@ class Benchmark:
     def _exactness(self, name: str) -> Row:
         difference = max(self._t5.largest_difference(captions) for captions in self._captions.values())
         return Row(name, difference, None, None, 1e-5, "absolute", 0)
+
+    def _float8(self, name: str) -> Row:
+        error = self._t5.float8_error([caption for captions in self._captions.values() for caption in captions])
+        return Row(name, error, None, None, None, "relative", 0)
 
     @cached_property
     def _t5(self) -> T5:

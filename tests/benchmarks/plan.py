@@ -70,10 +70,11 @@ def begin(folder: Path) -> dict[str, float]:
     indexed = time.perf_counter()
     held_out = samples.lowest_hashes(512, int(0.03 * 2**32))
     hashed = time.perf_counter()
-    known = {side: at for at, side in enumerate(SIDES)}
+    codes = np.array([(width << 32) + height for width, height in SIDES])
+    order = np.argsort(codes)
 
     def bucket_of(width: np.ndarray, height: np.ndarray) -> np.ndarray:
-        return np.array([known[pair] for pair in zip(width.tolist(), height.tolist(), strict=True)])
+        return order[np.searchsorted(codes, (width.astype(np.int64) << 32) + height, sorter=order)]
 
     table = _Table(samples, range(len(samples.indices)), bucket_of, len(SIDES), held_out, None, [1.0])
     counted = time.perf_counter()

@@ -36,6 +36,14 @@ def test_rows_are_json_and_a_missing_peer_is_named(tmp_path):
     assert list(tmp_path.iterdir()) == [tmp_path / "litdata"]
 
 
+def test_float8_loses_less_than_its_step(tmp_path):
+    """e4m3 rounds to one part in 16."""
+    done = run("--json", "--quick", "--work", tmp_path, "--only", "relative error")
+    assert done.returncode == 0, done.stderr
+    row = json.loads(done.stdout)
+    assert row["peer"] == "no data" or 0.01 < row["ours"] < 1 / 16
+
+
 def test_an_unknown_row_is_refused_with_the_known_ones():
     done = run("--only", "nothing of this name")
     assert done.returncode == 2
