@@ -218,9 +218,7 @@ def _write_rejected(config: PreencodeConfig, listed: list[dict[str, str]]) -> No
 
 def _check_form(config: PreencodeConfig, source: ShardSet, encoders: Encoders) -> None:
     """UserError unless the configuration names encoders and a form of captions that can have made MLPerf's samples."""
-    tokens = {int(length) for index in source.indices[:1] for length in index.caption_length[:1, 0]}
-    length = max(tokens, default=256)
-    form = {"pad": "full", "t5_max_tokens": length, "clip_tokens": False, "clip_projection": False}
+    form = {"pad": "full", "t5_max_tokens": mlperf.TOKENS, "clip_tokens": False, "clip_projection": False}
     odd = [f"text.{key}={value}" for key, value in form.items() if config.text.form[key] != value]
     if config.text.t5 is None or config.text.clip_l is None or config.text.clip_g is not None:
         odd.append("text.t5 and text.clip_l, no text.clip_g")
