@@ -58,6 +58,6 @@ def rotate(x_BSAE: Tensor, by: Rotation) -> Tensor:
     wide = torch.promote_types(x_BSAE.dtype, torch.float32)
     if 2 * by.cos.shape[-1] != x_BSAE.shape[-1]:
         raise ValueError(f"rotary axes of {2 * by.cos.shape[-1]} channels in all, but heads of {x_BSAE.shape[-1]}")
-    cos, sin = (table.to(wide).unsqueeze(-2) for table in by)
-    even, odd = x_BSAE.to(wide).unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(x_BSAE.dtype)
+    turn = torch.complex(*(table.to(wide) for table in by)).unsqueeze(-2)  # strided halves would take ten times as long
+    pairs = torch.view_as_complex(x_BSAE.to(wide).unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * turn).flatten(-2).to(x_BSAE.dtype)
