@@ -75,12 +75,12 @@ def test_a_claim_of_a_later_process_with_the_same_id_is_taken(tmp_path):
 
 def test_a_heartbeat_keeps_a_claim_and_its_end_gives_it_up(tmp_path, monkeypatch):
     monkeypatch.setattr(claims, "HEARTBEAT_S", 0.05)
-    monkeypatch.setattr(claims, "STALE_S", 1.0)
+    monkeypatch.setattr(claims, "STALE_S", 4.0)  # a busy machine may stand still for a second or two
     other = Claims(tmp_path)
     other._owner = {"host": "elsewhere", "place": "0" * 8, "pid": 1, "started": 0.0}
     with other.hold("00000") as held:
         assert held
-        deadline = time.monotonic() + 2.5
+        deadline = time.monotonic() + 6
         while time.monotonic() < deadline:
             assert not taken(tmp_path)
             time.sleep(0.05)
@@ -88,7 +88,7 @@ def test_a_heartbeat_keeps_a_claim_and_its_end_gives_it_up(tmp_path, monkeypatch
     with other.hold("00000") as held:
         assert held
         assert not taken(tmp_path)
-        time.sleep(1.2)
+        time.sleep(4.2)
         with Claims(tmp_path).hold("00000") as mine:
             assert mine
             mark = (tmp_path / "00000").read_text()
