@@ -187,7 +187,15 @@ def test_pre_encoding_from_a_store_that_fails_at_times(
     either.failures["HEAD"].extend([503] * 2)
     sizes, most = sorted(path.stat().st_size for path in stage.shards.glob("*.tar")), []
     room = sizes[-1] + sizes[-2]
-    _slowly(monkeypatch, lambda number: (time.sleep(1), most.append(_on_disk(tmp_path / "cache"))))
+
+    def look(number: int) -> None:
+        """Once the next shard is there, too."""
+        deadline = time.monotonic() + 20
+        while number + 1 < len(sizes) and _on_disk(tmp_path / "cache") <= sizes[-1] and time.monotonic() < deadline:
+            time.sleep(0.05)
+        most.append(_on_disk(tmp_path / "cache"))
+
+    _slowly(monkeypatch, look)
     options = (f"source={url}", f"out={tmp_path}/out", f"cache.dir={tmp_path}/cache", f"cache.max_gb={room / 1e9}")
     done = mmdit("preencode", stage.folder / "preencode.yaml", *options)
     assert done.returncode == 0, done.stderr
@@ -214,11 +222,11 @@ def test_the_next_shard_is_fetched_while_one_is_encoded(
 
     index_shards(url, tmp_path / "index", ShardCache(CacheConfig(dir=tmp_path / "indexing")))
     seconds = _slowly(monkeypatch, wait)
-    store.on_get = lambda number: time.sleep(0.3)
+    store.on_get = lambda number: time.sleep(1)
     options = (f"source={url}", f"index={tmp_path}/index", f"out={tmp_path}/out", f"cache.dir={cache}")
     done = mmdit("preencode", stage.folder / "preencode.yaml", *options)
     assert done.returncode == 0, done.stderr
     said = re.search(r"out: ([0-9.]+) s, ([0-9.]+) % of them inside the encoders", done.stderr)
     assert said is not None
-    assert float(said[1]) * float(said[2]) / 100 == pytest.approx(sum(seconds), abs=0.2)
-    assert sum(seconds) > 0.3 * (len(names) - 1)
+    assert float(said[1]) * float(said[2]) / 100 == pytest.approx(sum(seconds), abs=0.5)
+    assert sum(seconds) > len(names) - 1
