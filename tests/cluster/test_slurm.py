@@ -177,16 +177,22 @@ def test_a_disturbed_job_ends_with_the_same_losses(stage, submit, history, undis
     and jobs can go without disturbing other tests."""
     run = stage.folder / "slurm-disturbed"
     job = submit("train_mmdit", *demo(stage, "slurm-disturbed"), options=("--nodes=2", "--partition=low"))
-    course = ((15, signalled, 1), (40, killed, 1), (65, requeued, 2), (90, preempted, 3), (130, lost, 4))
-    for step, disturb, restarts in course:
+
+    def disturbed(step: int, disturb: Callable[[Job], None], restarts: int) -> None:
         job.at_step(run, step)
         starts = job.starts()
         disturb(job)
-        job.until("another start", lambda known=starts: job.starts() > known)
+        job.until("another start", lambda: job.starts() > starts)
         assert int(job.shown()["Restarts"]) >= restarts, f"{disturb.__name__}: {job.logs()}"
+
+    for step, disturb, restarts in ((15, signalled, 1), (40, killed, 1), (65, requeued, 2), (90, preempted, 3)):
+        disturbed(step, disturb, restarts)
+    assert job.logs().count("exit code 85: requeued") == 2, job.logs()  # signalled and preempted
+    # Here an srun outlives its script, which Slurm kills with the node: giving up, it may end the step of the same
+    # number that the job's next life has begun, and that one saves and is requeued once more.
+    disturbed(130, lost, 4)
     assert int(job.completed()["Restarts"]) >= 4  # more where a busy machine lets Slurm lose sight of a node by itself
     logs = job.logs()
-    assert logs.count("exit code 85: requeued") == 2, logs  # signalled and preempted
     assert "again (1 of 3)" in logs
     assert logs.count("going on after step") >= 5
     assert history(run) == undisturbed
