@@ -188,8 +188,8 @@ def test_a_disturbed_job_ends_with_the_same_losses(stage, submit, history, undis
     for step, disturb, restarts in ((15, signalled, 1), (40, killed, 1), (65, requeued, 2), (90, preempted, 3)):
         disturbed(step, disturb, restarts)
     assert job.logs().count("exit code 85: requeued") == 2, job.logs()  # signalled and preempted
-    # Here an srun outlives its script, which Slurm kills with the node: giving up, it may end the step of the same
-    # number that the job's next life has begun, and that one saves and is requeued once more.
+    # After a loss the ranks were seen to be asked to stop by neither the script nor this test, and were requeued once
+    # more: most likely Slurm tells the node that is back to end the lost step, whose number the new one has.
     disturbed(130, lost, 4)
     assert int(job.completed()["Restarts"]) >= 4  # more where a busy machine lets Slurm lose sight of a node by itself
     logs = job.logs()
