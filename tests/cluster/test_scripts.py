@@ -150,6 +150,17 @@ def test_a_requeue_that_slurm_did_not_hear_is_asked_for_again(batch, tmp_path):
     assert done.stdout.count("requeued") == 1
 
 
+def test_a_signal_to_all_processes_of_the_script_leaves_it_to_be_requeued(batch, tmp_path):
+    """`scancel --full` and its like reach what the script waits with, too."""
+    srun = tmp_path / "bin" / "srun"
+    ends = "[child.terminate() for child in psutil.Process($PPID).children() if child.name() == 'sleep']"
+    srun.write_text(
+        srun.read_text().replace("read -r code", f'{sys.executable} -c "import psutil; {ends}"\nread -r code')
+    )
+    done, calls = batch("train_mmdit", ends=[85])
+    assert (done.returncode, calls[-1]) == (85, "scontrol requeue 7"), done.stderr
+
+
 def test_a_failure_is_tried_again(batch):
     done, calls = batch("train_mmdit", ends=[1, 137, 0])
     assert (done.returncode, len(calls)) == (0, 3)
