@@ -141,7 +141,7 @@ class Evaluator:
         if classes and asked.samples and not (asked.scenes or asked.clip):
             self._prepare_classes()
         elif asked.scenes or asked.samples:
-            if isinstance(objective, ClassToImageConfig) and not classes:
+            if isinstance(objective, ClassToImageConfig) and asked.inception is not None and not classes:
                 raise UserError(f"{run}: begins with images, and FID and KID are of runs that begin with noise")
             if not isinstance(objective, TextToImageConfig):
                 raise UserError(f"{run}: a run of kind {objective.kind!r} does not draw images from prompts")

@@ -400,6 +400,15 @@ def test_a_flow_from_images_leads_from_those_that_are_given(recipe, tmp_path, mm
     ):
         done = mmdit("sample", *arguments)
         assert (done.returncode, message in done.stderr) == (2, True), done.stderr
+    for asked, message in (
+        (
+            ("--samples", 4, "--inception", starts[0]),
+            "begins with images, and FID and KID are of runs that begin with noise",
+        ),
+        (("--scenes", 4), "does not draw images from prompts"),
+    ):
+        done = mmdit("evaluate", run, *asked)
+        assert (done.returncode, message in done.stderr) == (2, True), done.stderr
 
 
 def test_a_training_that_was_stopped_goes_on_exactly(recipe, tmp_path, mmdit, history):
