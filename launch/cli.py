@@ -10,7 +10,7 @@ import sys
 
 import click
 
-from stack.config import UserError
+from stack.config import UserError, is_users
 from stack.shown import printable, redact
 
 COMMANDS = {
@@ -58,12 +58,9 @@ def run(arguments: list[str] | None = None) -> int:
     except click.ClickException as error:
         error.show()
         return error.exit_code
-    except (UserError, FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError) as error:
+    except (UserError, OSError) as error:
         click.echo(f"mmdit: {_line(error)}", err=True)
-        return 2
-    except OSError as error:  # a full or broken disk, a network that is gone: nobody's mistake, and no traceback
-        click.echo(f"mmdit: {_line(error)}", err=True)
-        return 1
+        return 2 if isinstance(error, UserError) or is_users(error) else 1
 
 
 def _line(error: Exception) -> str:

@@ -51,7 +51,7 @@ class Demo:
     def __init__(self, out: Path):
         self.out = out
         self.path = out / "stages.json"
-        self.done: dict[str, Any] = json.loads(self.path.read_text()) if self.path.exists() else {}
+        self.done: dict[str, Any] = json.loads(self.path.read_text(encoding="utf-8")) if self.path.exists() else {}
         self._chain = ""
 
     def stage(self, name: str, arguments: list[str], output: Path, content: str = "") -> None:
@@ -96,7 +96,7 @@ class Demo:
         from stack.files import publish
 
         with publish(self.path) as temporary:
-            temporary.write_text(json.dumps(self.done, indent=1))
+            temporary.write_text(json.dumps(self.done, indent=1), encoding="utf-8")
 
 
 class Outcome(NamedTuple):
@@ -250,7 +250,7 @@ def command(shards: str | None, out: Path, minutes: float | None, prompts: Path 
 
     listed, lines = out / "prompts.txt", "\n".join(shown) + "\n"
     with publish(listed) as temporary:
-        temporary.write_text(lines)
+        temporary.write_text(lines, encoding="utf-8")
     grid = out / "samples.png"
     demo.stage("sample", ["sample", str(model), "--prompts", str(listed), "--seed", "1", "-o", str(grid)], grid, lines)
     scenes = ["--scenes", str(NUM_SCENES)] if shards is None else []
@@ -263,7 +263,7 @@ def command(shards: str | None, out: Path, minutes: float | None, prompts: Path 
 def _listed(prompts: Path) -> list[str]:
     from stack.config import UserError
 
-    lines = [line.strip() for line in prompts.read_text().splitlines() if line.strip()]
+    lines = [line.strip() for line in prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
     if not lines:
         raise UserError(f"{prompts}: holds no prompt")
     return lines
@@ -288,7 +288,9 @@ def _write_config(path: Path, base: Path, prompts: list[str]) -> None:
 
     preview = {"objective": {"preview": {"prompts": prompts}}} if prompts else {}
     with publish(path) as temporary:
-        temporary.write_text(yaml.safe_dump({"base": str(base.resolve()), **preview}, allow_unicode=True))
+        temporary.write_text(
+            yaml.safe_dump({"base": str(base.resolve()), **preview}, allow_unicode=True), encoding="utf-8"
+        )
 
 
 def _report(demo: Demo, autoencoder: Path, model: Path, ranks: int) -> None:
@@ -299,7 +301,7 @@ def _report(demo: Demo, autoencoder: Path, model: Path, ranks: int) -> None:
     from stack.train.recipe import TrainConfig
 
     resolved = configuration.load(TrainConfig, model / "config.yaml")
-    result = json.loads((model / "eval.jsonl").read_text().splitlines()[-1])
+    result = json.loads((model / "eval.jsonl").read_text(encoding="utf-8").splitlines()[-1])
     validation = [line["val_loss"] for line in read_metrics(model) if "val_loss" in line]
     stages = {name: record for name, record in demo.done.items() if record.get("finished")}
     seconds = {name: round(record["seconds"], 1) for name, record in stages.items()}
@@ -319,7 +321,7 @@ def _report(demo: Demo, autoencoder: Path, model: Path, ranks: int) -> None:
         "scenes": scenes,
     }
     with publish(demo.out / "summary.json") as temporary:
-        temporary.write_text(json.dumps(summary, indent=1))
+        temporary.write_text(json.dumps(summary, indent=1), encoding="utf-8")
     commands = {name: record["command"] for name, record in stages.items()}
     report.write(demo.out / "report.html", autoencoder, model, summary, commands)
     click.echo(json.dumps({key: value for key, value in summary.items() if key != "scenes"}, indent=1))

@@ -48,7 +48,7 @@ def record_exit(code: int) -> None:
     """Tell slurm/job.sh what this rank ends with, unless another one has: srun reports the highest code of all ranks,
     which is that of the ones it ended itself because the first had failed."""
     if code and "MMDIT_FIRST_EXIT" in os.environ:
-        with suppress(OSError), open(os.environ["MMDIT_FIRST_EXIT"], "x") as file:
+        with suppress(OSError), open(os.environ["MMDIT_FIRST_EXIT"], "x", encoding="utf-8") as file:
             file.write(f"{code} {os.environ.get('SLURM_PROCID', 0)}\n")
 
 
@@ -93,7 +93,9 @@ def _address(node: str) -> str:
 
 def _scontrol(*arguments: str) -> str:
     try:
-        return subprocess.run(["scontrol", *arguments], capture_output=True, text=True, check=True, timeout=60).stdout
+        return subprocess.run(
+            ["scontrol", *arguments], capture_output=True, text=True, check=True, timeout=60, encoding="utf-8"
+        ).stdout
     except (OSError, subprocess.SubprocessError) as error:
         raise UserError(f"scontrol does not say where rank 0 is; set RANK, WORLD_SIZE, … yourself ({error})") from None
 

@@ -194,7 +194,10 @@ def _cancelled(job: Any, signals: set[int]) -> bool:
     if job.cluster == "local":
         return signals == {signal.SIGTERM}
     command = ["scontrol", "show", "job", job.job_id, "--oneliner"]
-    return " JobState=RUNNING " not in subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return (
+        " JobState=RUNNING "
+        not in subprocess.run(command, capture_output=True, text=True, check=True, encoding="utf-8").stdout
+    )
 
 
 def _variables(job: Any) -> dict[str, str]:
@@ -371,7 +374,7 @@ def _slurm(jobs: Sequence[str]) -> dict[str, State]:
         return {}
     numbers = ",".join(sorted({job.partition("_")[0] for job in jobs}))
     command = ["squeue", "--noheader", "--array", "--states=all", "--format=%i|%T|%r", f"--jobs={numbers}"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8")
     if done.returncode and "Invalid job id" not in done.stderr:
         raise UserError(f"squeue: {' '.join(done.stderr.split())}")
     found = {}

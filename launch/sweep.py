@@ -180,7 +180,7 @@ def _read(folder: Path) -> Record:
 
 def _write(folder: Path, record: Record) -> None:
     with publish(folder / "sweep.yaml") as temporary:
-        temporary.write_text(configuration.dump(record))
+        temporary.write_text(configuration.dump(record), encoding="utf-8")
 
 
 def _arguments(sweep: SweepConfig, folder: Path, name: str, values: dict[str, Value]) -> tuple[str, ...]:
@@ -333,7 +333,7 @@ def results(folder: Path) -> list[Row]:
     """The rows, written to DIR/results.csv and drawn in DIR/results.png."""
     metric, found = _read(folder).sweep.metric.name, rows(folder)
     keys = list(found[0].values)
-    with publish(folder / "results.csv") as temporary, temporary.open("w", newline="") as file:
+    with publish(folder / "results.csv") as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["trial", *keys, "state", "step", "steps", "loss", f"best {metric}", "at step", "reason"])
         for row in found:

@@ -140,7 +140,7 @@ def _beat(path: Path, done: threading.Event) -> None:
 
 def _read(path: Path) -> str | None:
     try:
-        return path.read_text()
+        return path.read_text(encoding="utf-8")
     except FileNotFoundError:
         return None
 
@@ -159,6 +159,6 @@ def owners(folder: Path) -> list[str]:
     found = []
     for path in sorted(folder.glob("[!.]*")):
         with contextlib.suppress(ValueError, KeyError, OSError):
-            owner = json.loads(path.read_text())
+            owner = json.loads(path.read_text(encoding="utf-8"))
             found.append(f"{path.name} ({owner['host']}, process {owner['pid']})")
     return found

@@ -7,6 +7,7 @@ Order of precedence: defaults < base files < the file itself < dotted overrides.
 from __future__ import annotations
 
 import difflib
+import errno
 import hashlib
 import json
 import re
@@ -23,6 +24,16 @@ from stack.shown import redact, redacted
 
 class UserError(ValueError):
     """A mistake that the user can mend. The command line prints it as one line and exits with code 2."""
+
+
+def is_users(error: OSError) -> bool:
+    """Whether the user can fix `error`: a path that is missing, forbidden, or of the wrong kind.
+
+    Only such errors become a UserError. Any other one (EIO, ESTALE, ENOSPC, a network that is away) may pass: it is
+    raised unchanged, the command exits with code 1, and the job scripts retry it.
+    """
+    kinds = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+    return isinstance(error, kinds) or error.errno in (errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL)
 
 
 class Config(pydantic.BaseModel):

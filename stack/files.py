@@ -24,7 +24,7 @@ def place() -> str:
     """A digest of where process ids mean the same: this host, since it started, and in it this container."""
     told = [socket.gethostname()]  # which containers may share
     with suppress(OSError):
-        told.append(Path("/proc/sys/kernel/random/boot_id").read_text())
+        told.append(Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8"))
     with suppress(OSError):
         told.append(str(os.stat("/proc/self/ns/pid").st_ino))
     return hashlib.sha256("\n".join(told).encode()).hexdigest()[:8]
@@ -67,7 +67,7 @@ def copy_model(source: Path, out: Path, stem: str) -> None:
     """config.json and the safetensors called `stem`, one or those that its index names, into the folder `out`."""
     index, names = f"{stem}.safetensors.index.json", ["config.json"]
     if (source / index).is_file() and not (source / f"{stem}.safetensors").is_file():
-        names += [index, *sorted(set(json.loads((source / index).read_text())["weight_map"].values()))]
+        names += [index, *sorted(set(json.loads((source / index).read_text(encoding="utf-8"))["weight_map"].values()))]
     else:
         names.append(f"{stem}.safetensors")
     out.mkdir(parents=True, exist_ok=True)

@@ -127,7 +127,7 @@ class Tracker:
             if owner:
                 self._run.define_metric("*", step_metric="step")
                 with publish(run / _WANDB) as temporary:
-                    temporary.write_text(json.dumps({"id": self._run.id}))
+                    temporary.write_text(json.dumps({"id": self._run.id}), encoding="utf-8")
             else:
                 self._run.define_metric("eval/*", step_metric="eval/step")
             self.run_id = self._run.id
@@ -158,7 +158,7 @@ class Tracker:
 def _known_id(run: Path) -> str | None:
     """Of the wandb run that a training in this folder has begun, also one that died before its first checkpoint."""
     try:
-        return str(json.loads((run / _WANDB).read_text())["id"])
+        return str(json.loads((run / _WANDB).read_text(encoding="utf-8"))["id"])
     except FileNotFoundError:
         return None
 
@@ -224,8 +224,8 @@ def _continued(path: Path, step: int) -> TextIO:
     """`path`, to append to, with its lines up to `step`."""
     kept = [line for line in _read_lines(path) if line["step"] <= step]
     with publish(path) as temporary:
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-    return path.open("a", buffering=1)
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+    return path.open("a", buffering=1, encoding="utf-8")
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
@@ -234,7 +234,7 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:
-    lines = path.read_text().splitlines() if path.exists() else []
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     parsed = []
     for line in lines:
         try:

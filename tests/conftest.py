@@ -121,7 +121,7 @@ class Training:
 
         # Nor wandb's service of this process, which a training in it has started.
         inherited = {key: value for key, value in os.environ.items() if key not in (*VARIABLES, "WANDB_SERVICE")}
-        self.run = Path(yaml.safe_load(config.read_text())["run"]["dir"])
+        self.run = Path(yaml.safe_load(config.read_text(encoding="utf-8"))["run"]["dir"])
         self._metrics = self.run / "metrics.jsonl"
         self._stale = self._metrics.stat().st_ino if self._metrics.exists() else None  # of the process before
         self.process = subprocess.Popen(
@@ -161,7 +161,7 @@ class Training:
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """A run's whole lines of JSON."""
-    lines = path.read_text().split("\n")[:-1] if path.exists() else []
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
     return [json.loads(line) for line in lines]
 
 

@@ -27,7 +27,7 @@ SOURCES = [path for top in ("stack", "launch", "autoencoders") for path in sorte
 
 def imports(path: Path) -> set[str]:
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -71,8 +71,35 @@ def test_a_heavy_library_has_few_homes(module, homes):
     assert users == homes
 
 
+def locale_dependent(call: ast.Call) -> bool:
+    """Whether a call opens a text file or a process's text stream without naming the encoding."""
+    function, keywords = call.func, {keyword.arg: keyword.value for keyword in call.keywords}
+    name = function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
+    owner = function.value.id if isinstance(function, ast.Attribute) and isinstance(function.value, ast.Name) else ""
+    if "encoding" in keywords or None in keywords:  # None: **options
+        return False
+    if name in ("read_text", "write_text"):
+        return True
+    if name in ("run", "Popen", "check_output", "check_call"):
+        return bool({"text", "universal_newlines"} & keywords.keys())
+    if name not in ("open", "fdopen") or owner in ("Image", "tarfile", "gzip") or (owner, name) == ("os", "open"):
+        return False
+    at = (
+        0 if isinstance(function, ast.Attribute) and owner not in ("os", "io") else 1
+    )  # path.open(mode), open(path, mode)
+    mode = keywords.get("mode", call.args[at] if len(call.args) > at else ast.Constant("r"))
+    return isinstance(mode, ast.Constant) and isinstance(mode.value, str) and "b" not in mode.value
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_text_files_name_their_encoding(path):
+    """ruff's PLW1514 finds only those calls whose object it knows to be a path."""
+    calls = [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)]
+    assert not [f"{path}:{call.lineno}" for call in calls if locale_dependent(call)]
+
+
 def test_no_file_is_over_600_lines():
-    assert not [path for path in SOURCES if len(path.read_text().splitlines()) > 600]
+    assert not [path for path in SOURCES if len(path.read_text(encoding="utf-8").splitlines()) > 600]
 
 
 @pytest.mark.parametrize("start", [["-c"], ["-m", "torch.distributed.run", "--nproc-per-node=1", "--no-python"]])

@@ -22,7 +22,9 @@ NOBODY = 2**22 + 1  # beyond the kernel's largest process id
 
 def write(path: Path, **owner: object) -> Path:
     """The claim of a process of another host, unless `owner` says where."""
-    path.write_text(json.dumps({"host": "elsewhere", "place": "0" * 8, "pid": 1, "started": 0.0, **owner}))
+    path.write_text(
+        json.dumps({"host": "elsewhere", "place": "0" * 8, "pid": 1, "started": 0.0, **owner}), encoding="utf-8"
+    )
     return path
 
 

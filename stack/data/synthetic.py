@@ -400,7 +400,7 @@ def _refuse_other_shards(out: Path, config: SynthConfig) -> None:
             raise UserError(f"{shard}: not a shard of drawn scenes (it has no statistics file); {remedy}")
     for path in sorted(out.glob("*_stats.json")):
         try:
-            found = json.loads(path.read_text())["synthetic"]
+            found = json.loads(path.read_text(encoding="utf-8"))["synthetic"]
         except (ValueError, KeyError, TypeError):
             raise UserError(f"{path}: not the statistics of drawn scenes; {remedy}") from None
         wanted = _facts(config)
@@ -425,7 +425,7 @@ def _write_statistics(path: Path, config: SynthConfig, count: int) -> None:
         "synthetic": _facts(config),
     }
     partial = path.with_name(f"{path.name}.tmp")
-    partial.write_text(json.dumps(statistics, indent=1))
+    partial.write_text(json.dumps(statistics, indent=1), encoding="utf-8")
     os.replace(partial, path)
 
 

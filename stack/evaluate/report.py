@@ -74,4 +74,4 @@ def write(out: Path, autoencoder: Path, run: Path, summary: dict[str, Any], comm
         grid=embed(run.parent / "samples.png"),
     )
     with publish(out) as temporary:
-        temporary.write_text(html)
+        temporary.write_text(html, encoding="utf-8")

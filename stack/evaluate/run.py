@@ -236,7 +236,7 @@ class Evaluator:
     def report(self, result: dict[str, Any]) -> None:
         """Publish a result, gather RUN/eval.jsonl, and log to the training's wandb run where it has one by then."""
         with publish(self.result(result["step"])) as temporary:
-            temporary.write_text(json.dumps(result) + "\n")
+            temporary.write_text(json.dumps(result) + "\n", encoding="utf-8")
         gather(self.run, self.leases)
         if self._tracker is None:
             self._tracker = Tracker.join(self.run, self._trained.log)
@@ -349,7 +349,7 @@ def gather(run: Path, leases: Claims) -> None:
                     (run / "eval").glob("*/*.json"), key=lambda path: (path.parent.name, path.stat().st_mtime)
                 )
                 with publish(run / "eval.jsonl") as temporary:
-                    temporary.write_text("".join(path.read_text() for path in paths))
+                    temporary.write_text("".join(path.read_text(encoding="utf-8") for path in paths), encoding="utf-8")
                 return
         time.sleep(0.1)
 

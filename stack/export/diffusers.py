@@ -52,8 +52,8 @@ def write(subject: Subject, out: Path, dtype: torch.dtype) -> None:
         index[tokenizer] = ["transformers", write_tokenizer(name, sources[name], out / tokenizer)]
     scheduler = {"_class_name": SCHEDULER, "num_train_timesteps": 1000, "shift": subject.sampling.shift}
     (out / "scheduler").mkdir()
-    (out / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler, indent=2))
-    (out / "model_index.json").write_text(json.dumps(index, indent=2))
+    (out / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler, indent=2), encoding="utf-8")
+    (out / "model_index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
     card.write(subject, out)
 
 
@@ -72,6 +72,6 @@ def _places(text: TextConfig, family: Family) -> dict[str, str | None]:
 
 def _write_vae(source: Path, out: Path) -> None:
     copy_model(source, out, STEMS[0])
-    config = json.loads((out / "config.json").read_text())
+    config = json.loads((out / "config.json").read_text(encoding="utf-8"))
     if config.get("shift_factor") is None:  # the pipelines add it whatever it is
-        (out / "config.json").write_text(json.dumps({**config, "shift_factor": 0.0}, indent=2))
+        (out / "config.json").write_text(json.dumps({**config, "shift_factor": 0.0}, indent=2), encoding="utf-8")

@@ -106,7 +106,7 @@ def _stack(snap: snapshot.Snapshot, out: Path, dtype: torch.dtype) -> None:
 
     weights = {name: weight.to(dtype) for name, weight in snap.weights.items()}
     save_file(weights, out / "model.safetensors", metadata={"config": json.dumps(snap.metadata)})
-    (out / "config.json").write_text(json.dumps(snap.metadata, indent=1))
+    (out / "config.json").write_text(json.dumps(snap.metadata, indent=1), encoding="utf-8")
 
 
 def _subject(run: Path, snap: snapshot.Snapshot) -> Subject:
@@ -127,7 +127,7 @@ def _subject(run: Path, snap: snapshot.Snapshot) -> Subject:
     network.load_state_dict(snap.weights, assign=True)
     samples, described = None, run / "config.yaml"
     if described.is_file():
-        samples = snap.step * yaml.safe_load(described.read_text())["data"]["batch_size"]
+        samples = snap.step * yaml.safe_load(described.read_text(encoding="utf-8"))["data"]["batch_size"]
     return Subject(run, snap, network, check_encoders(snap), samples)
 
 
@@ -163,5 +163,5 @@ def _autoencoder(config: TrainConfig, snap: snapshot.Snapshot, out: Path, num_sa
         "std": std_C.tolist(),
     }
     with publish(out / "latent_statistics.json") as temporary:
-        temporary.write_text(json.dumps(facts, indent=1))
+        temporary.write_text(json.dumps(facts, indent=1), encoding="utf-8")
     return facts

@@ -90,7 +90,7 @@ def save(
     path.mkdir(parents=True, exist_ok=True)
     write_folder(path, tensors, dtype, {"format": "pt", **(metadata or {})}, shard_bytes)
     with publish(path / "config.json") as temporary:
-        temporary.write_text(json.dumps(diffusers_config(model.config), indent=2))
+        temporary.write_text(json.dumps(diffusers_config(model.config), indent=2), encoding="utf-8")
 
 
 def _tensors(model: MMDiT, family: Family, layout: Layout, prefix: str) -> Iterator[Pending]:
@@ -127,7 +127,7 @@ def _describe(source: TensorSource) -> tuple[MMDiTConfig, list[Tensors], str, st
         return MMDiTConfig(**own["model"]), [], "", None
     description = source.path / "config.json"
     if description.is_file():
-        config, family = _from_diffusers(json.loads(description.read_text()), description)
+        config, family = _from_diffusers(json.loads(description.read_text(encoding="utf-8")), description)
         return config, _table(config, family, "diffusers"), "", POSITIONS["diffusers"] if family == "sd3" else None
     prefix = PREFIX if any(name.startswith(PREFIX) for name in source.names) else ""
     names = {name.removeprefix(prefix) for name in source.names}

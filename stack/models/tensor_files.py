@@ -39,7 +39,7 @@ class TensorSource:
                 return dict.fromkeys(self._handle(whole).keys(), whole)
             if index.is_file():
                 try:
-                    places = json.loads(index.read_text())["weight_map"]
+                    places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
                     return {name: self.path / Path(file).name for name, file in places.items()}
                 except (ValueError, KeyError, TypeError, AttributeError) as error:
                     raise UserError(f"{index}: not an index of safetensors files: {error!r}") from None
@@ -132,7 +132,9 @@ def write_folder(
             write_file(folder / name, shard, dtype, metadata)
             file_of.update((tensor.name, name) for tensor in shard)
         with publish(index) as temporary:
-            temporary.write_text(json.dumps({"metadata": {"total_size": sum(sizes)}, "weight_map": file_of}, indent=2))
+            temporary.write_text(
+                json.dumps({"metadata": {"total_size": sum(sizes)}, "weight_map": file_of}, indent=2), encoding="utf-8"
+            )
         stale -= {index, *(folder / name for name in file_of.values())}
     for path in stale:  # of the other form or cut: readers would take them for this model's
         path.unlink(missing_ok=True)

@@ -213,7 +213,7 @@ def _broken(listed: list[dict[str, str]]) -> list[Rejected]:
 
 def _write_rejected(config: PreencodeConfig, listed: list[dict[str, str]]) -> None:
     with publish(config.out / "rejected.jsonl") as temporary:
-        temporary.write_text("".join(json.dumps(entry) + "\n" for entry in listed))
+        temporary.write_text("".join(json.dumps(entry) + "\n" for entry in listed), encoding="utf-8")
 
 
 def _check_form(config: PreencodeConfig, source: ShardSet, encoders: Encoders) -> None:
@@ -271,7 +271,7 @@ def _stats(target: Path, mark: str) -> dict[str, Any] | None:
 def read_stats(path: Path) -> dict[str, Any] | None:
     """None for a file that a broken disk left: its shard is done again."""
     try:
-        stats = json.loads(path.read_text())
+        stats = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError):
         return None
     return stats if isinstance(stats, dict) else None
@@ -349,5 +349,5 @@ def _write_manifest(
         },
     )
     with publish(config.out / MANIFEST) as temporary:
-        temporary.write_text(manifest.model_dump_json(indent=1))
+        temporary.write_text(manifest.model_dump_json(indent=1), encoding="utf-8")
     return manifest

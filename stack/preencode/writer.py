@@ -75,7 +75,7 @@ class ShardWriter:
             "squares": torch.as_tensor(self._squares).tolist(),
         }
         with publish(stats_path(self.path)) as temporary:
-            temporary.write_text(json.dumps(stats, sort_keys=True))
+            temporary.write_text(json.dumps(stats, sort_keys=True), encoding="utf-8")
 
     def abandon(self) -> None:
         self._partial.unlink(missing_ok=True)

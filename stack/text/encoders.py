@@ -157,7 +157,10 @@ class ClipScore:
             if not (folder / name).is_file():
                 raise UserError(f"clip: {folder} has no {name}; expected a CLIP as open_clip saves it")
         try:
-            if "hf_model_name" in json.loads((folder / OPEN_CLIP_CONFIG).read_text())["model_cfg"]["text_cfg"]:
+            if (
+                "hf_model_name"
+                in json.loads((folder / OPEN_CLIP_CONFIG).read_text(encoding="utf-8"))["model_cfg"]["text_cfg"]
+            ):
                 raise ValueError("its text tower is described on the hub: name a CLIP with open_clip's own")
             with torch.random.fork_rng(devices=[]):
                 model, self._transform = open_clip.create_model_from_pretrained(f"local-dir:{folder}")
@@ -373,14 +376,18 @@ def write_untrained_encoders(folder: str | Path, seed: int) -> TextConfig:
             _write_untrained_t5(partial / "t5", generator)
             _write_untrained_clip(partial / "clip_l", generator)
             _write_untrained_open_clip(partial / "clip_g", generator)
-        (partial / _SEED_FILE).write_text(json.dumps({"seed": seed}) + "\n")
+        (partial / _SEED_FILE).write_text(json.dumps({"seed": seed}) + "\n", encoding="utf-8")
         for file in partial.rglob("*.*"):
             file.chmod(0o644)  # safetensors writes 0600, whatever the umask
         try:
             partial.rename(folder)
         except OSError:  # another process was first
             shutil.rmtree(partial)
-    made_with = json.loads((folder / _SEED_FILE).read_text())["seed"] if (folder / _SEED_FILE).is_file() else None
+    made_with = (
+        json.loads((folder / _SEED_FILE).read_text(encoding="utf-8"))["seed"]
+        if (folder / _SEED_FILE).is_file()
+        else None
+    )
     if made_with != seed:
         raise UserError(f"{folder}: holds encoders of seed {made_with}, wanted seed {seed}: remove it or use another")
     return TextConfig(t5=str(folder / "t5"), clip_l=str(folder / "clip_l"), clip_g=str(folder / "clip_g"))
@@ -439,7 +446,7 @@ def _write_untrained_open_clip(folder: Path, generator: torch.Generator) -> None
     model = CLIP(**config)
     _randomize(model, generator)
     folder.mkdir(parents=True)
-    (folder / OPEN_CLIP_CONFIG).write_text(json.dumps({"model_cfg": config}, indent=2) + "\n")
+    (folder / OPEN_CLIP_CONFIG).write_text(json.dumps({"model_cfg": config}, indent=2) + "\n", encoding="utf-8")
     save_file(model.half().state_dict(), folder / OPEN_CLIP_WEIGHTS)
 
 

@@ -89,7 +89,7 @@ def _convert(name: str, source: Path, out: Path) -> None:
     from safetensors import safe_open
     from safetensors.torch import save_file
 
-    model = json.loads((source / OPEN_CLIP_CONFIG).read_text())["model_cfg"]
+    model = json.loads((source / OPEN_CLIP_CONFIG).read_text(encoding="utf-8"))["model_cfg"]
     text, where = model["text_cfg"], f"text.{name}: {source}"
     if odd := sorted(set(text) - _SIZES - _TOKENIZING):
         raise UserError(f"{where}: transformers' CLIP has no place for {', '.join(odd)} of its text_cfg")
@@ -117,7 +117,7 @@ def _convert(name: str, source: Path, out: Path) -> None:
         "bos_token_id": vocabulary - 2,
         "pad_token_id": PAD_IDS[name],
     }
-    (out / "config.json").write_text(json.dumps(config, indent=2))
+    (out / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
 
 
 def _renamed(names: list[str], take: Callable[[str], Tensor], where: str) -> Iterator[tuple[str, Tensor]]:

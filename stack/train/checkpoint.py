@@ -261,7 +261,7 @@ class Checkpoints:
         """Point `latest` at the newest; remove what need not be kept, and what failed to verify."""
         try:
             with publish(self.folder / "latest") as latest:
-                latest.write_text(f"{newest:08d}\n")
+                latest.write_text(f"{newest:08d}\n", encoding="utf-8")
         except OSError as error:
             say(f"{self.folder / 'latest'} cannot be written: {error}")
         steps = self._steps()
@@ -309,7 +309,7 @@ def _num_bytes(flats: Iterable[_Flat]) -> int:
 def _read_record(folder: Path) -> tuple[dict[str, Any] | None, str]:
     """COMPLETE, or what is wrong with it."""
     try:
-        record = json.loads((folder / "COMPLETE").read_text())
+        record = json.loads((folder / "COMPLETE").read_text(encoding="utf-8"))
         if (record["format"], record["step"]) != (FORMAT, int(folder.name)):
             return None, f"format {record['format']} of step {record['step']}, this version reads {FORMAT}"
         if not all({"name", "size", "sha256"} <= file.keys() for file in record["files"]):

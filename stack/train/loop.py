@@ -199,7 +199,7 @@ def _refuse_another_run(run: Path, config: TrainConfig) -> None:
 def _write_config(run: Path, config: TrainConfig) -> None:
     if dist.rank() == 0:
         with publish(run / "config.yaml") as temporary:
-            temporary.write_text(configuration.dump(config))
+            temporary.write_text(configuration.dump(config), encoding="utf-8")
 
 
 def validation_loss(objective: Objective, network: nn.Module, data: ShardData) -> float:

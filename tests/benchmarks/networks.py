@@ -172,12 +172,12 @@ def built(side: str, case: Case) -> tuple[nn.Module, Callable[[], Tensor], Tenso
 
 
 def peak_bytes() -> int:
-    status = Path("/proc/self/status").read_text()
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
     return int(status.split("VmHWM:")[1].split()[0]) * 1024
 
 
 def resident_bytes() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+    return int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1]) * 4096
 
 
 def main(side: str, task: str, case: Case) -> float:
@@ -195,7 +195,7 @@ def main(side: str, task: str, case: Case) -> float:
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # or what malloc keeps of the first step would hide the second
     before = resident_bytes()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak from here on
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak from here on
     step()
     return float(peak_bytes() - before)
 

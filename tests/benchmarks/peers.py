@@ -67,7 +67,7 @@ class Worker:
 
     def __init__(self, python: Path, contender: str, source: Path, copy: Path):
         self._command = [str(python), str(CONTENDERS), contender, str(source.resolve()), str(copy.resolve())]
-        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
+        self._errors = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115
         self._process: subprocess.Popen[str] | None = None
 
     def prepare(self) -> None:

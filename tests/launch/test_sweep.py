@@ -49,7 +49,7 @@ def test_a_trial_that_outlived_its_sweep_keeps_its_gpus(monkeypatch, tmp_path):
 
 
 def write(path: Path, **values) -> Path:
-    path.write_text(yaml.safe_dump({"resources": {"cluster": "local"}, **values}))
+    path.write_text(yaml.safe_dump({"resources": {"cluster": "local"}, **values}), encoding="utf-8")
     return path
 
 

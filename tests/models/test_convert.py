@@ -212,7 +212,7 @@ def grow(step: str, folder: Path, layout: Any) -> None:
     and of the largest of them. The step is done on a small model first, which pays for imports."""
 
     def most() -> int:
-        found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+        found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="utf-8"))
         assert found is not None
         return int(found[1]) * 1024
 
