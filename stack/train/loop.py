@@ -152,7 +152,7 @@ def _build(config: TrainConfig, device: torch.device, begin: bool) -> tuple[Shar
         dist.barrier()
     elif begin or path.is_symlink():
         rejected.clear()
-    data, objective = build(config, device, rejected, begin)
+    data, objective = build(config, device, rejected, begin, previews=dist.rank() == 0)
     if dist.rank() == 0:
         dist.barrier()
         for line in data.unfilled():

@@ -72,18 +72,22 @@ def check(config: TrainConfig, device: torch.device) -> None:
 
 
 def build(
-    config: TrainConfig, device: torch.device, rejected: RejectLog | None = None, begin: bool = False
+    config: TrainConfig,
+    device: torch.device,
+    rejected: RejectLog | None = None,
+    begin: bool = False,
+    previews: bool = False,
 ) -> tuple[ShardData, Objective]:
     """The data set and the objective. UserError where the two kinds do not go together.
 
     rejected: where images that cannot be decoded are listed.  begin: whether the weights that `init.from` names are
-    read; whoever loads others leaves them out.
+    read; whoever loads others leaves them out.  previews: whether previews will be drawn, whose prompts are then read.
     """
     data, objective, seed = config.data, config.objective, config.run.seed
     if isinstance(data, LatentData) and isinstance(objective, TextToImageConfig):
         latents = LatentDataset(data, seed)
         init = config.init.get("from") if begin else None
-        return latents, TextToImage(objective, latents, seed, device, init)
+        return latents, TextToImage(objective, latents, seed, device, init, previews)
     if isinstance(data, ImageData) and not isinstance(objective, TextToImageConfig):
         images = ImageDataset(data, seed, rejected, getattr(objective, "classes", None) or None)
         if isinstance(objective, AutoencoderConfig):
