@@ -25,7 +25,7 @@ from stack.log import Metrics, progress, say
 from stack.models.compute import configure
 from stack.parallel import engine as engines
 from stack.parallel.ema import Ema
-from stack.train import snapshot
+from stack.train import origin, snapshot
 from stack.train.checkpoint import Checkpoints
 from stack.train.guard import Guard
 from stack.train.metrics import Sums
@@ -60,8 +60,6 @@ def train(config: TrainConfig) -> bool:
         ema = Ema(engine, config.ema)
         noise = NoisePlan(seed)
         checkpoints.check_space(engine, ema)
-        _write_config(run, config)
-
         encoders = objective.metadata().get("encoders")
         if state is not None:
             if state.get("encoders", encoders) != encoders:
@@ -69,6 +67,8 @@ def train(config: TrainConfig) -> bool:
             checkpoints.load(state, engine, ema)
             say(f"{run}: going on after step {state['step']}")
         start = state["step"] if state else 0
+        if dist.rank() == 0:
+            origin.begin(run, start, origin.fingerprint(config, data, encoders), configuration.dump(config))
         guard = Guard(config.run.max_nonfinite, *((state["skipped"], state["in_a_row"]) if state else (0, 0)))
         sums = Sums(state["sums"] if state else None)
         metrics = Metrics(run, config.log, start, state["wandb"] if state else None, configuration.public(config))
@@ -194,12 +194,6 @@ def _refuse_another_run(run: Path, config: TrainConfig) -> None:
             problem = str(error)
     if problem := dist.broadcast(problem):
         raise UserError(problem)
-
-
-def _write_config(run: Path, config: TrainConfig) -> None:
-    if dist.rank() == 0:
-        with publish(run / "config.yaml") as temporary:
-            temporary.write_text(configuration.dump(config), encoding="utf-8")
 
 
 def validation_loss(objective: Objective, network: nn.Module, data: ShardData) -> float:
