@@ -56,12 +56,16 @@ def entry(shard: str, key: str, reason: str) -> dict[str, str]:
 def check_budget(broken: Collection[Rejected], total: int, most: float) -> None:
     """UserError where more than a share of `most` of `total` samples is broken."""
     if len(broken) > most * total:
-        kinds = Counter(rejected.reason.partition(":")[0] for rejected in broken).most_common(3)
-        named = ", ".join(f"{count:,} × {kind}" for kind, count in kinds)
-        raise UserError(
-            f"data: {len(broken):,} of {total:,} samples are broken ({named}), more than max_rejected = {most:g}: "
-            "look at them with `mmdit data lint`, mend the shards or raise max_rejected"
-        )
+        raise over_budget(Counter(rejected.reason.partition(":")[0] for rejected in broken), total, most)
+
+
+def over_budget(kinds: Counter[str], total: int, most: float) -> UserError:
+    """What `check_budget` raises. kinds: kind of reason → broken samples."""
+    named = ", ".join(f"{count:,} × {kind}" for kind, count in kinds.most_common(3))
+    return UserError(
+        f"data: {kinds.total():,} of {total:,} samples are broken ({named}), more than max_rejected = {most:g}: "
+        "look at them with `mmdit data lint`, mend the shards or raise max_rejected"
+    )
 
 
 class RejectLog:

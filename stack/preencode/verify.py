@@ -20,9 +20,9 @@ from stack.data.safety import Rejected
 from stack.data.schema import DTYPES, load_manifest, sample_to_bytes
 from stack.data.shards import ShardReader, ShardSet, index_shards
 from stack.log import progress
-from stack.preencode.job import PreencodeConfig, encoder_fingerprints, mark_of, read_stats
+from stack.preencode.job import PreencodeConfig, encoder_fingerprints, mark_of
 from stack.preencode.pipeline import Encoders, Item, Outcome, read_samples
-from stack.preencode.writer import stats_path
+from stack.preencode.stats import read_all, stats_path
 
 _TOKENS = ("t5", "clip_l", "clip_g")  # of which each row is one token
 
@@ -97,7 +97,7 @@ def verify(config: PreencodeConfig, count: int) -> Verified:
 def _computed_in(config: PreencodeConfig, source: ShardSet, fingerprints: dict[str, str]) -> torch.dtype:
     """What the encoders calculated in when the shards were written. Raises UserError for another configuration's."""
     marks = {mark_of(config, source, fingerprints, compute): compute for compute in _NOISE}
-    stats = [read_stats(stats_path(config.out / index.name)) for index in source.indices]
+    stats = read_all([stats_path(config.out / index.name) for index in source.indices])
     found = {str(one and one.get("mark")) for one in stats}
     if len(found) > 1 or not found <= set(marks):
         raise UserError(
