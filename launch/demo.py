@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 
 import click
 
+from launch.arguments import LOCATION, PATH
+
 CONFIGS = Path(os.path.relpath(Path(__file__).parents[1] / "configs"))
 DEFAULT_MINUTES = 19.5
 AUTOENCODER_SHARE = 0.22
@@ -173,11 +175,13 @@ def seconds_per_step(out: Path, arguments: list[str]) -> float:
 
 
 @click.command("demo")
-@click.option("--shards", help="Captioned images of your own (folder, .tar or glob) instead of drawn scenes.")
-@click.option("--out", type=click.Path(path_type=Path), default=Path("runs/demo"), show_default=True)
+@click.option(
+    "--shards", type=LOCATION, help="Captioned images of your own (folder, .tar or glob) instead of drawn scenes."
+)
+@click.option("--out", type=PATH, default=Path("runs/demo"), show_default=True)
 @click.option("--minutes", type=click.FloatRange(min=1), help="Time budget that sets the numbers of steps. Default: as"
               f" the configs say, and less where that would take over {DEFAULT_MINUTES:g} minutes.")  # fmt: skip
-@click.option("--prompts", type=click.Path(path_type=Path), help="A text file of prompts to show, one a line; if not"
+@click.option("--prompts", type=PATH, help="A text file of prompts to show, one a line; if not"
               " given, a fixed list, or with --shards captions of theirs.")  # fmt: skip
 @click.option("--ranks", type=click.IntRange(min=1), help="Processes that train the MM-DiT. Default: 2, or one a GPU.")
 def command(shards: str | None, out: Path, minutes: float | None, prompts: Path | None, ranks: int | None) -> None:

@@ -25,7 +25,7 @@ from autoencoders.codec import Codec, fingerprint
 from stack import config as configuration
 from stack import dist
 from stack.claims import Claims, owners
-from stack.config import Config, UserError
+from stack.config import Config, Location, UserError
 from stack.data import mlperf
 from stack.data.buckets import BucketConfig, histogram
 from stack.data.dataset import say_damage
@@ -46,7 +46,7 @@ _NOT_BROKEN = ("smaller than min_side", "the tokenizers of")  # reasons that say
 
 
 class PreencodeConfig(Config):
-    source: str
+    source: Location
     """Raw shards (img2dataset's layout), or MLPerf's pre-encoded ones: a folder, a .tar, a glob or a URL."""
     out: Path
     """Folder for the pre-encoded shards."""
@@ -62,7 +62,7 @@ class PreencodeConfig(Config):
     """Smaller images are left out."""
     max_rejected: float = Field(default=0.05, ge=0, le=1)
     """Share of the samples that may be broken; above it the job stops. Images below min_side do not count."""
-    autoencoder: str
+    autoencoder: Location
     text: TextConfig
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     t5_dtype: T5Dtype = None
