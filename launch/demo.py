@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import click
 
+from launch.arguments import LOCATION, PATH
 from launch.budget import CALIBRATION_STEPS, Need, Plan, Time, plan, plan_again, shortfalls, step_time
 
 CONFIGS = Path(os.path.relpath(Path(__file__).parents[1] / "configs"))
@@ -215,11 +216,13 @@ def train(demo: Demo, name: str, arguments: list[str], output: Path, content: st
 
 
 @click.command("demo")
-@click.option("--shards", help="Captioned images of your own (folder, .tar or glob) instead of drawn scenes.")
-@click.option("--out", type=click.Path(path_type=Path), default=Path("runs/demo"), show_default=True)
+@click.option(
+    "--shards", type=LOCATION, help="Captioned images of your own (folder, .tar or glob) instead of drawn scenes."
+)
+@click.option("--out", type=PATH, default=Path("runs/demo"), show_default=True)
 @click.option("--minutes", type=click.FloatRange(min=1), help="Time budget that sets the numbers of steps. Default: as"
               f" the configs say, and less where that would take over {DEFAULT_MINUTES:g} minutes.")  # fmt: skip
-@click.option("--prompts", type=click.Path(path_type=Path), help="A text file of prompts to show, one a line; if not"
+@click.option("--prompts", type=PATH, help="A text file of prompts to show, one a line; if not"
               " given, a fixed list, or with --shards captions of theirs.")  # fmt: skip
 @click.option("--ranks", type=click.IntRange(min=1), help="Processes that train the MM-DiT. Default: 2, or one a GPU.")
 def command(shards: str | None, out: Path, minutes: float | None, prompts: Path | None, ranks: int | None) -> None:

@@ -6,24 +6,25 @@ from pathlib import Path
 
 import click
 
+from launch.arguments import PATH, SEED
 from launch.sampling import options
 
 
 @click.command("sample")
-@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("run", type=PATH)
 @click.argument("prompt", required=False)
-@click.option("--prompts", type=click.Path(path_type=Path), help="A text file, one prompt a line: a grid is drawn.")
-@click.option("-o", "--out", type=click.Path(path_type=Path), default=Path("sample.png"), show_default=True)
+@click.option("--prompts", type=PATH, help="A text file, one prompt a line: a grid is drawn.")
+@click.option("-o", "--out", type=PATH, default=Path("sample.png"), show_default=True)
 @click.option(
     "--image",
     "starts",
     multiple=True,
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="Begin with this image, cut to the first bucket, where the run leads from images; several make a grid."
     " PROMPT is then a label for all.",
 )
 @options
-@click.option("--seed", default=0, show_default=True)
+@click.option("--seed", type=SEED, default=0, show_default=True)
 @click.option("--size", help="WIDTHxHEIGHT in pixels.")
 @click.option("--step", type=int, help="Snapshot of this training step; the newest if not given.")
 @click.option("--weak", type=int, help="Step of the snapshot that guidance.autoguidance leads away from.")

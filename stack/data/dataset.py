@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from stack import dist
-from stack.config import Config, UserError
+from stack.config import Config, Location, UserError
 from stack.data import latents, mlperf
 from stack.data.buckets import BucketConfig, BucketRule, unfilled
 from stack.data.images import to_pixels
@@ -38,7 +38,7 @@ from stack.log import say
 from stack.shown import printable, redact
 from stack.text.conditioning import TextBatch
 
-Mixture = str | dict[str, PositiveFloat]
+Mixture = Location | dict[Location, PositiveFloat]
 """One data set, or several with their weights."""
 
 
@@ -79,7 +79,7 @@ class ImageData(DataConfig):
     """3: RGB. 1: grey."""
     label: str | None = None
     """Key of KEY.json under which a sample's class stands, an integer from 0; no labels are read if not given."""
-    paired: str | None = None
+    paired: Location | None = None
     """Raw shards with a second image of each sample, of the same key: what a flow from images to images begins with."""
 
 

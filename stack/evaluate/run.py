@@ -19,7 +19,7 @@ from torch import nn
 from autoencoders.codec import Codec
 from stack import config as configuration
 from stack import dist
-from stack.config import Config, UserError
+from stack.config import Config, Seed, UserError
 from stack.data.dataset import ImageDataset, LatentDataset
 from stack.data.synthetic import evaluation_prompts, prompt
 from stack.evaluate import metrics, results
@@ -83,7 +83,7 @@ class EvaluationConfig(Config):
     nll: NllConfig = NllConfig()
     sampling: tuple[str, ...] = ()
     """Dotted overrides of the sampler of the run's own sample grids: steps=10, guidance.scale=2."""
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
     batch_size: PositiveInt = 64
 
     @field_validator("inception", "reference", "clip")

@@ -27,7 +27,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt, field_validator
 from autoencoders.codec import Codec, fingerprint
 from stack import config as configuration
 from stack import dist
-from stack.config import Config, UserError
+from stack.config import Config, Location, UserError
 from stack.data import mlperf
 from stack.data.buckets import BucketConfig, histogram
 from stack.data.dataset import say_damage
@@ -50,7 +50,7 @@ _THREADS = 16  # that read indices: a network file system answers each after a m
 
 
 class PreencodeConfig(Config):
-    source: str
+    source: Location
     """Raw shards (img2dataset's layout), or MLPerf's pre-encoded ones: a folder, a .tar, a glob or a URL."""
     out: Path
     """Folder for the pre-encoded shards."""
@@ -66,7 +66,7 @@ class PreencodeConfig(Config):
     """Smaller images are left out."""
     max_rejected: float = Field(default=0.05, ge=0, le=1)
     """Share of the samples that may be broken; above it the job stops. Images below min_side do not count."""
-    autoencoder: str
+    autoencoder: Location
     text: TextConfig
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     t5_dtype: T5Dtype = None

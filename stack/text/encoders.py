@@ -24,7 +24,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from stack.config import Config, UserError
+from stack.config import Config, Location, UserError
 from stack.text import tokenizer
 from stack.text.conditioning import EncodedText, Pad
 
@@ -43,9 +43,9 @@ class TextConfig(Config):
          full  `t5_max_tokens` and 77 tokens, T5 without a mask, as SD3 and FLUX were trained
     """
 
-    t5: str | None = None
-    clip_l: str | None = None
-    clip_g: str | None = None
+    t5: Location | None = None
+    clip_l: Location | None = None
+    clip_g: Location | None = None
     t5_max_tokens: int = pydantic.Field(default=77, ge=1)
     clip_tokens: bool = True
     """Whether CLIP's tokens stand in the context beside T5's, as in SD3. Without them CLIP gives the pooled vector

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from autoencoders.codec import to_uint8
 from stack import config as configuration
-from stack.config import UserError, validate
+from stack.config import Location, Seed, UserError, validate
 from stack.data.dataset import ImageBatch, ImageDataset
 from stack.flow.draw import GuidedConfig, draw
 from stack.flow.guidance import Branches, ClassifierFn, Guided, branches, classifier_gradient
@@ -38,7 +38,7 @@ from stack.train.text_to_image import Probability
 class PreviewConfig(GuidedConfig):
     count: PositiveInt = 40
     """Samples on the sheet, whose labels take turns."""
-    seed: int = 0
+    seed: Seed = 0
     classifier: Path | None = None
     """Run of the noisy classifier that guidance.classifier scales."""
 
@@ -50,7 +50,7 @@ class ClassToImageConfig(FlowConfig):
     """Labels run from 0 to classes − 1; 0: no labels, an unconditional model."""
     dropout: Probability = 0.1
     """Share of the samples whose label is dropped, for classifier-free guidance (arXiv 2207.12598)."""
-    autoencoder: str | None = None
+    autoencoder: Location | None = None
     """Frozen, a folder or hub id: the flow is of its latents, into which each batch is encoded, instead of pixels."""
     preview: PreviewConfig = PreviewConfig()
 

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt
 
-from stack.config import Config, UserError
+from stack.config import Config, Seed, UserError
 from stack.data.dataset import ImageData, ImageDataset, LatentData, LatentDataset, ShardData
 from stack.data.safety import RejectLog
 from stack.log import LogConfig
@@ -30,7 +30,7 @@ from stack.train.text_to_image import TextToImage, TextToImageConfig
 class RunConfig(Config):
     dir: Path
     """The run's folder: config, metrics, checkpoints, snapshots, samples."""
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
     max_nonfinite: PositiveInt = 20
     """Steps in a row with a non-finite gradient that end the run."""
     watchdog_s: PositiveFloat = 900

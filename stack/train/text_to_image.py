@@ -16,7 +16,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from autoencoders.codec import Affine, Codec, Moments, draw, fingerprint
-from stack.config import Config, UserError
+from stack.config import Config, Location, Seed, UserError
 from stack.data.dataset import LatentBatch, LatentDataset
 from stack.flow.noise import Draws
 from stack.flow.process import Example, FlowConfig
@@ -49,7 +49,7 @@ class DropoutConfig(Config):
 
 class PreviewConfig(SamplerConfig):
     prompts: tuple[str, ...] = ("a red circle",)
-    seed: int = 0
+    seed: Seed = 0
     size: tuple[int, int] = (32, 32)
     """(width, height) in pixels."""
 
@@ -58,7 +58,7 @@ class TextToImageConfig(FlowConfig):
     kind: Literal["text_to_image"] = "text_to_image"
     model: captioned.NetworkConfig
     text: TextConfig
-    autoencoder: str
+    autoencoder: Location
     """Folder or hub id of the codec that made the latents."""
     dropout: DropoutConfig = DropoutConfig()
     guidance: float = 1.0
