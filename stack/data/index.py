@@ -32,7 +32,7 @@ from stack.files import publish
 from stack.shown import redact
 
 SUFFIX = ".index.safetensors"
-_FORMAT = 4  # of the saved index: raised when its meaning changes
+_FORMAT = 5  # of the saved index: raised when its meaning changes
 _MAX_SIZES = 256  # distinct sizes that are counted in the header; photographs have too many
 _ABSENT = 2**32 - 1  # length of a member that a sample lacks
 _MAX_MEMBER = 2**32 - 2
@@ -56,7 +56,9 @@ class ShardIndex:
     captions, −1 for a caption that a sample lacks.
     by_hash: uint32 [n]; rows by the crc32 of their keys.
     sizes: (width, height) → samples, None if there are too many different ones.
-    digest: sha256 of keys, captions and where the members stand.  sha256: of a pre-encoded shard's file, else "".
+    digest: sha256 of keys, captions and where the members stand.  sha256: of the shard's file.
+    identity: sha256 of the file's bytes and of what the batch plan takes from them: keys, sizes, caption lengths. Equal
+    shards have the same one, whatever their names, places and times.
     rejected: the samples left out, and why.  damage: what is wrong with the archive itself, "" if it is whole.
 
     Columns are mapped when they are asked for, until `release`. Raises ValueError for a file that is no such index.
@@ -85,6 +87,7 @@ class ShardIndex:
             self.size = int(facts["size"])
             self.version, self.digest = str(facts["version"]), str(facts["digest"])
             self.sha256, self.damage = str(facts["sha256"]), str(facts["damage"])
+            self.identity = str(facts["identity"])
             sizes = facts["sizes"]
             self.sizes = None if sizes is None else {(int(w), int(h)): int(count) for w, h, count in sizes}
         except (KeyError, TypeError, IndexError, AttributeError, ValueError, RecursionError) as error:
@@ -257,7 +260,7 @@ def build_index(path: str | Path, url: str | None = None, version: str | None = 
                 samples[key] = (width, height, lengths)
                 spans = [(extension, member.offset, member.size) for extension, member in sorted(group.items())]
                 digest.update(json.dumps([key, spans]).encode() + content)
-        sha256 = _sha256(file) if any("safetensors" in groups[key] for key in samples) else ""
+        sha256 = sha256_of(file)
     facts = {
         "size": stat.st_size,
         "version": str(stat.st_mtime_ns) if version is None else version,
@@ -290,6 +293,9 @@ def _serialize(
         "caption_length": caption_length,
         "by_hash": np.argsort(hashes, kind="stable").astype(np.uint32),
     }
+    identity = hashlib.sha256(facts["sha256"].encode())
+    for name in ("key.bytes", "key.start", "width", "height", "caption_length"):
+        identity.update(columns[name].tobytes())
     for extension in sorted(_READ & {extension for group in groups.values() for extension in group}):
         members = [group.get(extension) for group in groups.values()]
         columns[f"offset.{extension}"] = np.array([m.offset // HEADER_BYTES if m else 0 for m in members], np.uint32)
@@ -297,7 +303,8 @@ def _serialize(
     rejected = [[safety.cut(key), safety.cut(reason)] for key, reason in facts.pop("rejected")]
     columns["rejected"] = np.frombuffer(json.dumps(rejected).encode() if rejected else b"", np.uint8)
     listed = [[*size, count] for size, count in sizes.items()] if len(sizes) <= _MAX_SIZES else None
-    return _with_facts(save(columns), {**facts, "format": _FORMAT, "sizes": listed})
+    facts |= {"format": _FORMAT, "identity": identity.hexdigest(), "sizes": listed}
+    return _with_facts(save(columns), facts)
 
 
 def _with_facts(data: bytes, facts: dict[str, Any]) -> bytes:
@@ -317,7 +324,7 @@ def _check_sum(entries: dict[str, Any], facts: dict[str, Any]) -> int:
     return zlib.crc32(json.dumps([entries, facts], sort_keys=True).encode())
 
 
-def _sha256(file: BinaryIO) -> str:
+def sha256_of(file: BinaryIO) -> str:
     file.seek(0)
     digest = hashlib.sha256()
     while piece := file.read(2**22):

@@ -25,7 +25,7 @@ from stack.log import Metrics, progress, say
 from stack.models.compute import configure
 from stack.parallel import engine as engines
 from stack.parallel.ema import Ema
-from stack.train import origin, snapshot
+from stack.train import identity, origin, snapshot
 from stack.train.checkpoint import Checkpoints
 from stack.train.guard import Guard
 from stack.train.metrics import Sums
@@ -48,10 +48,12 @@ def train(config: TrainConfig) -> bool:
     save_every, snapshot_every = steps_of(config.checkpoint.every, size), steps_of(config.snapshot.every, size)
     keep_every = steps_of(config.checkpoint.keep_every, size) if config.checkpoint.keep_every else 0
     with _sole_user(run):
-        _refuse_another_run(run, config)
         checkpoints = Checkpoints(run, config.checkpoint, keep_every)
         state = checkpoints.newest()
-        data, objective = _build(config, device, begin=state is None)
+        identity.check_settings(run, config, state)
+        data, objective = _build(config, device, state)
+        encoders = objective.metadata().get("encoders")
+        init = identity.check_inputs(run, config, state, encoders)
         check_division(size, dist.world_size(), accumulate)
         averaged = copy.deepcopy(objective.network) if dist.rank() == 0 else None
         configure(objective.network, config.compute)  # not the copy, which computes as readers of snapshots do
@@ -60,15 +62,14 @@ def train(config: TrainConfig) -> bool:
         ema = Ema(engine, config.ema)
         noise = NoisePlan(seed)
         checkpoints.check_space(engine, ema)
-        encoders = objective.metadata().get("encoders")
         if state is not None:
-            if state.get("encoders", encoders) != encoders:
-                raise UserError(f"{run}: began with another autoencoder or text encoder than is there now")
             checkpoints.load(state, engine, ema)
             say(f"{run}: going on after step {state['step']}")
         start = state["step"] if state else 0
         if dist.rank() == 0:
-            origin.begin(run, start, origin.fingerprint(config, data, encoders), configuration.dump(config))
+            inputs = {"data": data.identity.fingerprint, "encoders": encoders, "init": init}
+            origin.begin(run, start, origin.fingerprint(config, inputs), configuration.dump(config))
+            identity.write(run, data.identity)
         guard = Guard(config.run.max_nonfinite, *((state["skipped"], state["in_a_row"]) if state else (0, 0)))
         sums = Sums(state["sums"] if state else None)
         metrics = Metrics(run, config.log, start, state["wandb"] if state else None, configuration.public(config))
@@ -118,7 +119,7 @@ def train(config: TrainConfig) -> bool:
                         kept: dict[str, Any] = {"samples": done * size, "sums": dist.all_gather(sums.state())}
                         kept |= {"skipped": guard.skipped, "in_a_row": guard.in_a_row, "wandb": metrics.run_id}
                         kept |= {"engine": config.parallel.engine, "zero_stage": config.parallel.zero_stage}
-                        kept |= {"encoders": encoders}
+                        kept |= {"encoders": encoders, "data": data.identity.fingerprint, "init": init}
                         checkpoints.save(done, engine, ema, {**kept, "config": configuration.fingerprint(config)})
                 watchdog.beat()
                 if stop and done < total:
@@ -144,56 +145,21 @@ def _sole_user(run: Path) -> Iterator[None]:
         yield
 
 
-def _build(config: TrainConfig, device: torch.device, begin: bool) -> tuple[ShardData, Objective]:
+def _build(config: TrainConfig, device: torch.device, state: dict[str, Any] | None) -> tuple[ShardData, Objective]:
     """Rank 0 first: it writes indices that are missing, and of a run that begins the list of broken samples anew."""
     path = config.run.dir / "rejected.jsonl"
     rejected = RejectLog(path)
     if dist.rank() != 0:
         dist.barrier()
-    elif begin or path.is_symlink():
+    elif state is None or path.is_symlink():
         rejected.clear()
-    data, objective = build(config, device, rejected, begin)
+    accept = identity.check_data(config.run.dir, config, state)
+    data, objective = build(config, device, rejected, state is None, accept)
     if dist.rank() == 0:
         dist.barrier()
         for line in data.unfilled():
             say(line)
     return data, objective
-
-
-# What makes a run the same run: keys that a resumed one may change are left out.
-_FREE: dict[str, set[str]] = {
-    "data": {"workers", "index", "cache", "max_rejected"},
-    "objective": {"preview"},
-    "schedule": set(),
-    "optim": set(),
-    "ema": set(),
-}
-
-
-def _refuse_another_run(run: Path, config: TrainConfig) -> None:
-    """UserError where the folder's checkpoints are those of another model, data or schedule."""
-    problem, path = "", run / "config.yaml"
-    if dist.rank() == 0 and path.exists() and any((run / "checkpoints").glob("*/COMPLETE")):
-        try:
-            known = configuration.load(TrainConfig, path)
-            config = configuration.validate(TrainConfig, configuration.public(config), "values")  # as they are saved
-            pairs = [(f"{name}.", getattr(known, name), getattr(config, name), free) for name, free in _FREE.items()]
-            changed = [
-                prefix + key
-                for prefix, old, new, free in pairs
-                for key in type(new).model_fields
-                if key not in free and getattr(old, key, None) != getattr(new, key)
-            ]
-            changed += ["run.seed"] if known.run.seed != config.run.seed else []
-            changed += ["init.from"] if known.init != config.init else []
-            if changed:
-                problem = (
-                    f"{path} differs in {', '.join(changed)}: give run.dir a new folder, or restore the old values"
-                )
-        except UserError as error:
-            problem = str(error)
-    if problem := dist.broadcast(problem):
-        raise UserError(problem)
 
 
 def validation_loss(objective: Objective, network: nn.Module, data: ShardData) -> float:

@@ -16,36 +16,20 @@ from pathlib import Path
 from typing import Any
 
 from stack import config as configuration
-from stack.config import Config
-from stack.data.dataset import ShardData, weights_of
 from stack.files import publish
 from stack.log import say
+from stack.train import identity
+from stack.train.recipe import TrainConfig
 
-_SECTIONS = ("objective", "init", "compute", "optim", "schedule", "parallel", "ema")
-_PLACES = {"path", "source", "index", "cache", "workers", "max_rejected"}  # of the data: where it is, not what it is
 _RECORDS = ("config.yaml", "metrics.jsonl", "keys.jsonl", "wandb.json", "origin.json")
 
 
-def fingerprint(config: Config, data: ShardData, encoders: Mapping[str, str] | None) -> str:
-    """The origin of the training that `config` (a `TrainConfig`) describes.
-
-    encoders: fingerprints of the autoencoder and the text encoders.
-    """
+def fingerprint(config: TrainConfig, inputs: Mapping[str, Any]) -> str:
+    """The origin of the training that `config` describes. inputs: fingerprints of its data, encoders, first weights."""
     values = configuration.public(config)
-    start = {name: _signature(Path(path)) for name, path in values["init"].items()}
-    of_data = {key: value for key, value in values["data"].items() if key not in _PLACES}
-    mixture = values["data"].get("path") or values["data"].get("source")
-    return configuration.fingerprint_of(
-        {name: values[name] for name in _SECTIONS}
-        | {"seed": values["run"]["seed"], "data": of_data, "weights": list(weights_of(mixture).values())}
-        | {"shards": data.shards.fingerprint(), "encoders": encoders, "init": start, "code": _code()}
-    )[:16]
-
-
-def _signature(path: Path) -> list[list[Any]]:
-    """Name, size and time of the files at `path`: initial weights can be too large to hash."""
-    files = sorted(path.rglob("*")) if path.is_dir() else [path] * path.exists()  # a run that resumes needs none
-    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+    more = {"compute": values["compute"], "parallel": values["parallel"], "preview": values["objective"].get("preview")}
+    described = identity.settings(config, by_content=True) | more | {"inputs": inputs, "code": _code()}
+    return configuration.fingerprint_of(described)[:16]
 
 
 @cache

@@ -195,7 +195,8 @@ def test_the_origin_is_of_what_the_weights_depend_on(stage):
     def of(*overrides: str) -> str:
         config = configuration.load(TrainConfig, stage.train_config("origins"), overrides)
         data, objective = recipe.build(config, torch.device("cpu"))
-        return origin.fingerprint(config, data, objective.metadata()["encoders"])
+        inputs = {"data": data.identity.fingerprint, "encoders": objective.metadata()["encoders"]}
+        return origin.fingerprint(config, inputs)
 
     first = of()
     free = ("run.dir=elsewhere", "log.every=3", "snapshot.every=7", "data.workers=2", f"data.path={stage.encoded}/.")
