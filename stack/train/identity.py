@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -162,4 +164,24 @@ def fingerprint_of_weights(path: Path) -> str:
         with file.open("rb") as opened:
             while piece := opened.read(2**22):
                 digest.update(piece)
+    return digest.hexdigest()
+
+
+def origin_of(config: TrainConfig, inputs: Mapping[str, Any]) -> str:
+    """The origin (`stack.train.origin`) of the training that `config` describes.
+
+    inputs: fingerprints of its data, encoders and first weights.
+    """
+    values = configuration.public(config)
+    more = {"compute": values["compute"], "parallel": values["parallel"], "preview": values["objective"].get("preview")}
+    described = settings(config, by_content=True) | more | {"inputs": inputs, "code": _code()}
+    return configuration.fingerprint_of(described)[:16]
+
+
+@cache
+def _code() -> str:
+    """sha256 of the sources that a training depends on."""
+    root, digest = Path(__file__).parents[2], hashlib.sha256()
+    for path in sorted(path for package in ("stack", "autoencoders") for path in (root / package).rglob("*.py")):
+        digest.update(f"{path.relative_to(root)}\n".encode() + path.read_bytes())
     return digest.hexdigest()

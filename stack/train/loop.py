@@ -68,7 +68,7 @@ def train(config: TrainConfig) -> bool:
         start = state["step"] if state else 0
         if dist.rank() == 0:
             inputs = {"data": data.identity.fingerprint, "encoders": encoders, "init": init}
-            origin.begin(run, start, origin.fingerprint(config, inputs), configuration.dump(config))
+            origin.begin(run, start, identity.origin_of(config, inputs), configuration.dump(config))
             identity.write(run, data.identity)
         guard = Guard(config.run.max_nonfinite, *((state["skipped"], state["in_a_row"]) if state else (0, 0)))
         sums = Sums(state["sums"] if state else None)

@@ -7,38 +7,14 @@ evaluators copy it into their results. What another training has left in the fol
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
-from collections.abc import Mapping
-from functools import cache
 from pathlib import Path
-from typing import Any
 
-from stack import config as configuration
 from stack.files import publish
 from stack.log import say
-from stack.train import identity
-from stack.train.recipe import TrainConfig
 
 _RECORDS = ("config.yaml", "metrics.jsonl", "keys.jsonl", "wandb.json", "origin.json")
-
-
-def fingerprint(config: TrainConfig, inputs: Mapping[str, Any]) -> str:
-    """The origin of the training that `config` describes. inputs: fingerprints of its data, encoders, first weights."""
-    values = configuration.public(config)
-    more = {"compute": values["compute"], "parallel": values["parallel"], "preview": values["objective"].get("preview")}
-    described = identity.settings(config, by_content=True) | more | {"inputs": inputs, "code": _code()}
-    return configuration.fingerprint_of(described)[:16]
-
-
-@cache
-def _code() -> str:
-    """sha256 of the sources that a training depends on."""
-    root, digest = Path(__file__).parents[2], hashlib.sha256()
-    for path in sorted(path for package in ("stack", "autoencoders") for path in (root / package).rglob("*.py")):
-        digest.update(f"{path.relative_to(root)}\n".encode() + path.read_bytes())
-    return digest.hexdigest()
 
 
 def of(run: Path) -> str | None:

@@ -13,7 +13,7 @@ from stack import config as configuration
 from stack.evaluate.results import mark_of
 from stack.evaluate.run import EvaluationConfig, Evaluator
 from stack.log import read_metrics
-from stack.train import origin, recipe, snapshot
+from stack.train import identity, origin, recipe, snapshot
 from stack.train.recipe import TrainConfig
 
 SECTIONS: dict = {
@@ -196,7 +196,7 @@ def test_the_origin_is_of_what_the_weights_depend_on(stage):
         config = configuration.load(TrainConfig, stage.train_config("origins"), overrides)
         data, objective = recipe.build(config, torch.device("cpu"))
         inputs = {"data": data.identity.fingerprint, "encoders": objective.metadata()["encoders"]}
-        return origin.fingerprint(config, inputs)
+        return identity.origin_of(config, inputs)
 
     first = of()
     free = ("run.dir=elsewhere", "log.every=3", "snapshot.every=7", "data.workers=2", f"data.path={stage.encoded}/.")
