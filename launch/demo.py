@@ -93,8 +93,8 @@ class Demo:
         values = self.done.setdefault("values", {})
         mark = self._mark(name, content)
         if values.get(name, {}).get("mark") != mark:
-            values[name] = {"mark": mark}
-            self.keep(name, measure())
+            values[name] = {"mark": mark, "value": measure()}
+            self._save()
         return values[name]["value"]
 
     def keep(self, name: str, value: Any) -> None:
@@ -195,7 +195,8 @@ def train(demo: Demo, name: str, arguments: list[str], output: Path, content: st
     """
     need, key, parent = NEEDS[name], f"{name} plan", demo.chain
     decides = f"{shlex.join(arguments)}\n{content}"
-    chosen = Plan(*demo.value(key, decides, lambda: plan(time, seconds_per_step(demo.out, arguments), need)))
+    kept = demo.value(key, decides, lambda: (time, plan(time, seconds_per_step(demo.out, arguments), need)))
+    time, chosen = Time(*kept[0]), Plan(*kept[1])  # running again later, the time is as it was
     while True:
         for sentence in shortfalls(name, chosen, 0, need):
             click.echo(sentence, err=True)
@@ -211,7 +212,7 @@ def train(demo: Demo, name: str, arguments: list[str], output: Path, content: st
             err=True,
         )
         chosen = again
-        demo.keep(key, chosen)
+        demo.keep(key, (time, chosen))
     demo.notes += shortfalls(name, chosen, used, need)
 
 
@@ -344,7 +345,7 @@ def _report(demo: Demo, autoencoder: Path, model: Path, ranks: int) -> None:
     validation = [line["val_loss"] for line in read_metrics(model) if "val_loss" in line]
     stages = {name: record for name, record in demo.done.items() if record.get("finished")}
     seconds = {name: round(record["seconds"], 1) for name, record in stages.items()}
-    plans = {name: Plan(*demo.done["values"][f"{name} plan"]["value"]) for name in NEEDS}
+    plans = {name: Plan(*demo.done["values"][f"{name} plan"]["value"][1]) for name in NEEDS}
     total = sum(seconds.values()) + sum(chosen.spent for chosen in plans.values())
     names = {"seen_1": "one shape, seen", "heldout_1": "one shape, held out"}
     names |= {"seen_2": "two shapes, seen", "heldout_2": "two shapes, one held out"}

@@ -96,7 +96,9 @@ class Results:
         try:
             with self.path.open("rb") as file:
                 stat = os.fstat(file.fileno())
-                if stat.st_ino != self._inode or stat.st_size < self._end:
+                if not stat.st_size or (stat.st_ino == self._inode and stat.st_size < self._end):
+                    return False  # emptied or cut
+                if stat.st_ino != self._inode:
                     self._inode, self._end, self._lines = stat.st_ino, 0, {}
                 file.seek(self._end)
                 appended = file.readlines()

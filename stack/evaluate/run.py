@@ -189,10 +189,13 @@ class Evaluator:
         """Whether another training has begun in the run's folder."""
         return origin.of(self.run) != self._origin
 
+    def snapshot(self, step: int) -> Path:
+        return self.run / "snapshots" / f"{step:08d}.safetensors"
+
     def mark(self, step: int) -> str:
         """Of these settings and of the training that wrote snapshot `step`."""
         if step not in self._origins:
-            self._origins[step] = snapshot.origin_of(snapshot.path_of(self.run, step))
+            self._origins[step] = origin.of_snapshot(self.snapshot(step))
         return mark_of(self._settings, self._origins[step])
 
     def measured(self, step: int) -> bool:
@@ -268,11 +271,11 @@ class Evaluator:
     def _follow(self, step: int) -> bool:
         """Whether another training moved the snapshot aside while it was measured. If so, its result goes there too."""
         measured = self._origins[step]
-        place = snapshot.path_of(self.run, step)
-        if place.exists() and snapshot.origin_of(place) == measured:
+        place = self.snapshot(step)
+        if place.exists() and origin.of_snapshot(place) == measured:
             return False
         for path in self.run.glob(f"earlier/*/snapshots/{step:08d}.safetensors"):
-            if snapshot.origin_of(path) == measured:
+            if origin.of_snapshot(path) == measured:
                 folder = path.parents[1] / "eval" / f"{step:08d}"
                 folder.mkdir(parents=True, exist_ok=True)
                 for file in self.results.place(step, "").parent.glob(f"{self.mark(step)}*"):

@@ -130,7 +130,7 @@ def _evaluate(evaluator: Evaluator, step: int, failures: Counter[int], stop: _St
     """Whether snapshot `step` was evaluated; not if another evaluator has it in hand or was first."""
     try:
         with evaluator.leases.hold(evaluator.lease(step)) as mine:
-            if not mine or evaluator.measured(step) or not snapshot.path_of(evaluator.run, step).exists():
+            if not mine or evaluator.measured(step) or not evaluator.snapshot(step).exists():
                 return False
             with stop.interrupting():
                 result = evaluator.measure(step)

@@ -14,6 +14,7 @@ from pathlib import Path
 from stack.files import publish
 from stack.log import say
 
+_MAX_HEADER = 100_000_000  # bytes, safetensors' own limit
 _RECORDS = ("config.yaml", "metrics.jsonl", "keys.jsonl", "wandb.json", "origin.json")
 
 
@@ -23,6 +24,18 @@ def of(run: Path) -> str | None:
         return str(json.loads((run / "origin.json").read_text(encoding="utf-8"))["origin"])
     except (FileNotFoundError, IsADirectoryError, ValueError, KeyError, TypeError):
         return None
+
+
+def of_snapshot(path: Path) -> str | None:
+    """The origin of the training that wrote the snapshot `path`, from its header. None if there is no such file, it is
+    damaged, or an older version wrote it."""
+    try:
+        with path.open("rb") as file:
+            header = json.loads(file.read(min(int.from_bytes(file.read(8), "little"), _MAX_HEADER)))
+        origin = json.loads(header["__metadata__"]["config"])["origin"]
+    except (FileNotFoundError, IsADirectoryError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return origin if isinstance(origin, str) else None
 
 
 def begin(run: Path, start: int, origin: str, config: str) -> None:

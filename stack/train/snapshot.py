@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,10 +10,9 @@ from pydantic import PositiveInt
 from torch import Tensor
 
 from stack.claims import Claims
-from stack.config import Config, UserError, is_users
+from stack.config import Config, UserError
 from stack.files import publish
 from stack.log import say
-from stack.train import origin
 from stack.train.schedule import Span, steps_of
 
 
@@ -39,22 +36,16 @@ def write(run: Path, step: int, weights: dict[str, Tensor], metadata: dict[str, 
     """Publish snapshots/STEP.safetensors (mode 0644) by rename."""
     from safetensors.torch import save_file
 
-    path = path_of(run, step)
+    path = run / "snapshots" / f"{step:08d}.safetensors"
     for leftover in path.parent.glob(".*.tmp"):  # of a kill; nobody else writes here
         leftover.unlink()
-    known = origin.of(run)
-    metadata = {**metadata, "step": step} | ({"origin": known} if known else {})
     with publish(path) as temporary:
-        save_file(weights, temporary, metadata={"config": json.dumps(metadata)})
+        save_file(weights, temporary, metadata={"config": json.dumps({**metadata, "step": step})})
     return path
 
 
-def path_of(run: Path, step: int) -> Path:
-    return run / "snapshots" / f"{step:08d}.safetensors"
-
-
 def steps(run: Path) -> list[int]:
-    return sorted(int(p.stem) for p in (run / "snapshots").glob("*.safetensors") if p.stem.isdecimal())
+    return sorted(int(p.stem) for p in (run / "snapshots").glob("*.safetensors") if p.stem.isdigit())
 
 
 def leases(run: Path) -> Claims:
@@ -73,7 +64,7 @@ def retire(run: Path, newest: int, config: SnapshotConfig, batch_size: int) -> N
         leased = {name.partition(".")[0] for name in leases(run).held()} if candidates else set()
         for step in candidates:
             if f"{step:08d}" not in leased:
-                path_of(run, step).unlink(missing_ok=True)
+                (run / "snapshots" / f"{step:08d}.safetensors").unlink(missing_ok=True)
     except OSError as error:
         say(f"{run / 'snapshots'}: old snapshots stay ({error}); training goes on")
 
@@ -90,39 +81,14 @@ def find(run: Path, step: int | None = None) -> int:
 
 
 def read(run: Path, step: int | None = None) -> Snapshot:
-    """The snapshot of `step`, or the newest. UserError where the run has none, or its file is damaged."""
-    path = path_of(run, find(run, step))
-    with _opened(path) as (file, metadata):
-        weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dictionary)
-    return Snapshot(path, metadata["step"], metadata, weights)
-
-
-def origin_of(path: Path) -> str | None:
-    """The origin of the training that wrote the snapshot `path`; None of an older version. Raises as `read`."""
-    with _opened(path) as (_, metadata):
-        return metadata.get("origin")
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """The snapshot of `step`, or the newest. UserError where the run has none."""
     from safetensors import SafetensorError, safe_open
 
+    path = run / "snapshots" / f"{find(run, step):08d}.safetensors"
     try:
-        if not path.is_file():
-            raise UserError(f"{path}: no file with a snapshot; remove it, or name another with --step")
         with safe_open(path, framework="pt") as file:
             metadata = json.loads((file.metadata() or {})["config"])
-            if not isinstance(metadata["step"], int) or not isinstance(metadata.get("origin", ""), str):
-                raise TypeError("its metadata are not those of a training")
-            yield file, metadata
-    except UserError:
-        raise
-    except (SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"{path}: damaged, or not a snapshot of this stack ({reason}); remove it, or name another with --step"
-        ) from None
-    except OSError as error:
-        if not is_users(error):
-            raise
-        raise UserError(f"{path}: cannot be read: {error}") from None
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dictionary)
+    except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+        raise UserError(f"{path}: not a snapshot of this stack: {error}") from None
+    return Snapshot(path, metadata["step"], metadata, weights)
