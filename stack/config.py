@@ -36,7 +36,17 @@ def is_users(error: OSError) -> bool:
     raised unchanged, the command exits with code 1, and the job scripts retry it.
     """
     kinds = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
-    return isinstance(error, kinds) or error.errno in (errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL)
+    return isinstance(error, kinds) or error.errno in (errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL, errno.EROFS)
+
+
+def refusal(error: Exception, message: str) -> Exception:
+    """UserError(message); or the error of the file system that led to `error`, where the user cannot fix it."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.errno is not None and not is_users(cause):
+            return cause
+        cause = cause.__cause__ or cause.__context__
+    return UserError(message)
 
 
 MAX_INT = 2**64
@@ -146,9 +156,7 @@ def _read(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
     except FileNotFoundError:
         raise UserError(f"{path}: no such configuration file") from None
     except OSError as error:
-        if not is_users(error):
-            raise
-        raise UserError(f"{path}: configuration cannot be read: {error.strerror}") from None
+        raise refusal(error, f"{path}: configuration cannot be read: {error.strerror}") from None
     except ValueError as error:
         raise UserError(redact(f"{path}: cannot be read as YAML: {error}")) from None
     if not isinstance(own, dict):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import glob
 import hashlib
 import json
@@ -17,13 +16,13 @@ from heapq import merge
 from itertools import accumulate, islice
 from multiprocessing import get_context
 from pathlib import Path
-from stat import S_ISREG
+from stat import S_ISDIR, S_ISREG
 from typing import Any, BinaryIO, Literal
 from zlib import crc32
 
 import numpy as np
 
-from stack.config import UserError, is_users
+from stack.config import UserError, is_users, refusal
 from stack.data import remote, safety
 from stack.data.identity import Part
 from stack.data.index import SUFFIX, ShardIndex, build_index, sha256_of, without_query
@@ -58,6 +57,7 @@ def find_shards(source: str | Path) -> list[str]:
 
 
 def _local_shards(pattern: str) -> list[str]:
+    _refuse_passing_error(pattern)
     if os.path.isdir(pattern):
         found = glob.glob(os.path.join(glob.escape(pattern), "*.tar"))
     else:
@@ -66,6 +66,18 @@ def _local_shards(pattern: str) -> list[str]:
         problem = "no *.tar in this folder" if os.path.isdir(pattern) else "no such folder or shard"
         raise UserError(f"{pattern}: {problem}")
     return found
+
+
+def _refuse_passing_error(pattern: str) -> None:
+    """Raise what `os.path` and `glob` would take for a missing file, where it may pass (EIO, ESTALE)."""
+    plain = re.split(r"[*?[]", pattern, maxsplit=1)[0]
+    path = pattern if plain == pattern else plain.rpartition("/")[0] or "."
+    try:
+        if S_ISDIR(os.stat(path).st_mode):
+            os.scandir(path).close()
+    except OSError as error:
+        if not is_users(error):
+            raise
 
 
 def _expand_braces(text: str) -> list[str]:
@@ -261,10 +273,8 @@ class _Work:
             index.save(self.path)
         except OSError as error:
             if self.must_write or is_remote(self.url):
-                if not is_users(error) and error.errno != errno.EROFS:
-                    raise
                 problem = f"index cannot be written ({error.strerror}); name another folder"
-                raise UserError(f"{self.path}: {problem}") from None
+                raise refusal(error, f"{self.path}: {problem}") from None
         return index
 
 
@@ -405,9 +415,7 @@ class ShardReader:
         try:
             file = open(index.url, "rb")  # noqa: SIM115
         except OSError as error:
-            if not is_users(error):
-                raise
-            raise UserError(f"{index.url}: shard cannot be opened: {error.strerror}") from None
+            raise refusal(error, f"{index.url}: shard cannot be opened: {error.strerror}") from None
         stat = os.fstat(file.fileno())
         version = str(stat.st_mtime_ns)
         if stat.st_size == index.size and version not in (index.version, self._proved.get(shard)):

@@ -24,7 +24,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from stack.config import Config, Location, UserError
+from stack.config import Config, Location, UserError, refusal
+from stack.files import probe
 from stack.text import tokenizer
 from stack.text.conditioning import EncodedText, Pad
 
@@ -166,7 +167,8 @@ class ClipScore:
                 model, self._transform = open_clip.create_model_from_pretrained(f"local-dir:{folder}")
             self._tokenize = open_clip.get_tokenizer(f"local-dir:{folder}")
         except (OSError, RuntimeError, ValueError, KeyError, TypeError, SafetensorError) as error:
-            raise UserError(f"clip: {folder} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
+            message = f"clip: {folder} cannot be loaded: {' '.join(str(error).split())[:300]}"
+            raise refusal(error, message) from None
         self._model: Any = model.requires_grad_(False).eval().to(device)
         self._device = device
 
@@ -200,8 +202,9 @@ def _folder(name: str, source: str) -> Path:
         folder = Path(snapshot_download(repository, allow_patterns=wanted))
         weights = OPEN_CLIP_WEIGHTS if (folder / OPEN_CLIP_CONFIG).is_file() else "model*.safetensors*"
         return Path(snapshot_download(repository, allow_patterns=[*wanted, weights]))
-    except (OSError, HFValidationError):
-        raise UserError(f"text.{name}: {source!r} is no local folder, nor a hub id that can be reached") from None
+    except (OSError, HFValidationError) as error:
+        message = f"text.{name}: {source!r} is no local folder, nor a hub id that can be reached"
+        raise refusal(error, message) from None
 
 
 def _files(name: str, folder: Path) -> list[Path]:
@@ -267,11 +270,14 @@ def _load(name: str, folder: Path, config: TextConfig, device: torch.device, dty
     from safetensors import SafetensorError
 
     files = _files(name, folder)
+    for file in files:
+        probe(file)
     build = _load_t5 if name == "t5" else _load_open_clip if files[0].name == OPEN_CLIP_CONFIG else _load_clip
     try:
         model, forward, dim = build(folder, dtype, config.clip_projection)
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-        raise UserError(f"text.{name}: {folder} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
+        message = f"text.{name}: {folder} cannot be loaded: {' '.join(str(error).split())[:300]}"
+        raise refusal(error, message) from None
     model.requires_grad_(False).eval().to(device)
     max_tokens = config.t5_max_tokens if name == "t5" else CLIP_TOKENS
     return _Encoder(_tokenize(files[-1], max_tokens), forward, dim, PAD_IDS[name], max_tokens)
@@ -381,8 +387,10 @@ def write_untrained_encoders(folder: str | Path, seed: int) -> TextConfig:
             file.chmod(0o644)  # safetensors writes 0600, whatever the umask
         try:
             partial.rename(folder)
-        except OSError:  # another process was first
-            shutil.rmtree(partial)
+        except OSError:
+            if not folder.is_dir():
+                raise
+            shutil.rmtree(partial)  # another process was first
     made_with = (
         json.loads((folder / _SEED_FILE).read_text(encoding="utf-8"))["seed"]
         if (folder / _SEED_FILE).is_file()

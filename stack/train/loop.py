@@ -19,7 +19,7 @@ from stack.config import UserError
 from stack.data.dataset import ShardData
 from stack.data.plan import check_division
 from stack.data.safety import RejectLog
-from stack.files import lock, publish
+from stack.files import is_remainder, lock, publish
 from stack.flow.noise import NoisePlan
 from stack.log import Metrics, progress, say
 from stack.models.compute import configure
@@ -34,6 +34,9 @@ from stack.train.preempt import Preemption
 from stack.train.recipe import TrainConfig, build, check
 from stack.train.schedule import learning_rate, steps_of
 from stack.train.watchdog import Watchdog
+
+LOCK_WAIT_S = 120.0
+"""Time that an earlier life of a run has to end: more than a file server needs to drop the locks of a dead node."""
 
 
 def train(config: TrainConfig) -> bool:
@@ -135,14 +138,28 @@ def train(config: TrainConfig) -> bool:
 
 @contextmanager
 def _sole_user(run: Path) -> Iterator[None]:
-    """Two trainings in one folder would spoil each other: rank 0 holds a lock that dies with it."""
+    """Hold the folder's lock on rank 0: two trainings in one folder would overwrite each other's files.
+
+    Waits up to LOCK_WAIT_S for what is left of an earlier life of this run. Raises UserError for another training,
+    TimeoutError for an earlier life that does not end.
+    """
     if dist.rank() != 0:
         yield
         return
-    with lock(run / ".lock") as mine:
-        if not mine:
+    path, began, said = run / ".lock", time.monotonic(), False
+    while True:
+        with lock(path) as mine:
+            if mine:
+                yield
+                return
+        if not is_remainder(path):
             raise UserError(f"{run}: another process is training in this folder")
-        yield
+        if time.monotonic() - began > LOCK_WAIT_S:
+            raise TimeoutError(f"{run}: an earlier life of this run still holds {path} after {LOCK_WAIT_S:g} seconds")
+        if not said:
+            say(f"{run}: waiting until an earlier life of this run has ended")
+            said = True
+        time.sleep(0.5)
 
 
 def _build(config: TrainConfig, device: torch.device, state: dict[str, Any] | None) -> tuple[ShardData, Objective]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from stack.claims import Claims
 from stack.config import Config, UserError
-from stack.files import publish
+from stack.files import probe, publish
 from stack.log import say
 from stack.train.schedule import Span, steps_of
 
@@ -85,6 +85,7 @@ def read(run: Path, step: int | None = None) -> Snapshot:
     from safetensors import SafetensorError, safe_open
 
     path = run / "snapshots" / f"{find(run, step):08d}.safetensors"
+    probe(path)
     try:
         with safe_open(path, framework="pt") as file:
             metadata = json.loads((file.metadata() or {})["config"])
