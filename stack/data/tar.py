@@ -13,6 +13,7 @@ from typing import BinaryIO, NamedTuple
 from stack.data.safety import split_name
 
 _BLOCK = HEADER_BYTES = 512  # a tar is made of blocks of so many bytes, and a member's header is one
+_ZEROS = bytes(2**20)
 _MAX_EXTENDED_HEADER = 2**20  # bytes of a GNU long name or pax header
 
 
@@ -145,7 +146,7 @@ def _walk(file: BinaryIO, size: int) -> Iterator[Member]:
             elif kind == b"x":
                 pax = _parse_pax(read(length))
             elif kind not in _EXTENSIONS:
-                name = pax.get(b"path", long_name or name)
+                name = pax.get(b"GNU.sparse.name", pax.get(b"path", long_name or name))
                 length = int(pax.get(b"size", length)) if kind not in _WITHOUT_DATA else 0
         except _Damage:
             raise
@@ -171,9 +172,9 @@ def _walk(file: BinaryIO, size: int) -> Iterator[Member]:
 def _end_of_zeros(file: BinaryIO, position: int, size: int) -> int:
     """Start of the first block from `position` on that is not all zeros; `size` if there is none."""
     file.seek(position)
-    while piece := file.read(2**20):
-        if rest := piece.lstrip(b"\0"):
-            at = position + len(piece) - len(rest)
+    while piece := file.read(len(_ZEROS)):
+        if piece != _ZEROS[: len(piece)]:
+            at = position + len(piece) - len(piece.lstrip(b"\0"))
             return at - at % _BLOCK
         position += len(piece)
     return size
