@@ -105,11 +105,12 @@ def index(shards: str, folder: Path | None, cache: Path | None) -> None:
     with progress("index", len(find_shards(shards)), "shard") as advance:
         indices = index_shards(shards, folder, ShardCache(CacheConfig(dir=cache)), True, lambda done, total: advance(1))
     for found in indices:
-        problems = "".join(f"\n  {printable(f'{r.key}: {r.reason}')}" for r in found.rejected)
-        damage = f"\n  {found.damage}" if found.damage else ""
-        click.echo(
-            f"{printable(redact(found.url))}: {len(found):,} samples, {len(found.rejected)} left out{damage}{problems}"
-        )
+        lines = [found.damage] if found.damage else []
+        lines += found.passed_over
+        lines += [f"{key}: {reason}" for key, reason in found.rejected]
+        lines += [f"{found.key(row)}: {reason} (its image is used)" for row, reason in found.bad_captions.items()]
+        details = "".join(f"\n  {printable(line)}" for line in lines)
+        click.echo(f"{printable(redact(found.url))}: {len(found):,} samples, {len(found.rejected)} left out{details}")
     click.echo(f"{sum(map(len, indices)):,} samples in {len(indices)} shards")
 
 
@@ -160,7 +161,7 @@ def lint(shards: str, folder: Path | None, cache: Path | None) -> None:
             advance(1, f"{num_problems:,} problems")
 
         for problem in problems_of(shards, folder, ShardCache(CacheConfig(dir=cache)), report):
-            num_problems += 1
+            num_problems += not problem.is_note
             click.echo(str(problem), file=output)
     found = f"{num_problems:,} problem{'s' * (num_problems != 1)}" if num_problems else "no problem"
     click.echo(f"{found} in {num_samples:,} samples of {num_shards:,} shards, {num_bytes / 1e6:,.1f} MB")

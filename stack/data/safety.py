@@ -28,12 +28,18 @@ MAX_TEXT = 2**20
 """Bytes of a JSON member that is read."""
 MAX_CAPTION = 2**16
 """Bytes of a caption. Tokenizers take seconds for more, of which they keep a few hundred."""
+MAX_KEY = 4096
+"""Bytes of a sample's key: those of a path on Linux."""
 MAX_SAID = 300
 _IMAGE_FORMATS = ("JPEG", "PNG", "WEBP")
 
 
 class DecodeError(ValueError):
     """The bytes of a member are not what its extension says, or are broken, or are larger than allowed."""
+
+
+class EmptyCaptionError(DecodeError):
+    """A text of no characters, or of white space alone."""
 
 
 class Rejected(NamedTuple):
@@ -44,8 +50,9 @@ class Rejected(NamedTuple):
 
 
 def cut(text: str) -> str:
-    """`text` as far as it is kept of a rejected sample's key and reason: a name in an archive may have megabytes."""
-    return text if len(text) <= MAX_SAID else text[: MAX_SAID - 1] + "…"
+    """`text` as far as it is kept of a rejected sample's key and reason: a name in an archive may have megabytes. Long
+    keys often begin alike, so of both ends half is kept."""
+    return text if len(text) <= MAX_SAID else f"{text[: MAX_SAID // 2]}…{text[1 - MAX_SAID // 2 :]}"
 
 
 def entry(shard: str, key: str, reason: str) -> dict[str, str]:
@@ -152,10 +159,17 @@ def split_name(name: str) -> tuple[str, str]:
 
 
 def refuse_name(name: str) -> str:
-    """Why a member of this name is refused, or "" if its name is harmless."""
+    """Why a member of this name is refused, or "" if its name is harmless.
+
+    A harmless name may be in any script, with spaces, line ends or bytes that are not UTF-8: it is never a path here.
+    """
     parts = re.split(r"[/\\]", name)
     if parts[0] == "" or ".." in parts or re.fullmatch(r"[A-Za-z]:", parts[0]):
         return "path outside the archive"
+    if "\0" in name:  # where a tar's plain header ends a name
+        return "bad name: it has a NUL"
+    if len(split_name(name)[0].encode("utf-8", "surrogateescape")) > MAX_KEY:
+        return f"bad name: its key has more than {MAX_KEY:,} bytes"
     extension = re.sub(r"(\.gz)+$", "", name.lower()).rpartition(".")[2]  # webdataset unpacks .pkl.gz and runs it
     return f"forbidden member: .{extension} can run code" if extension in FORBIDDEN_EXTENSIONS else ""
 
@@ -184,7 +198,7 @@ def read_caption(data: bytes) -> str:
     except UnicodeDecodeError as error:
         raise DecodeError(f"caption not UTF-8: {error.reason}") from None
     if not caption:
-        raise DecodeError("empty caption")
+        raise EmptyCaptionError("empty caption")
     return caption
 
 

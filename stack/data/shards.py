@@ -17,7 +17,7 @@ from itertools import accumulate, islice
 from multiprocessing import get_context
 from pathlib import Path
 from stat import S_ISDIR, S_ISREG
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO, Literal, NamedTuple
 from zlib import crc32
 
 import numpy as np
@@ -26,8 +26,8 @@ from stack.config import UserError, is_users, refusal
 from stack.data import remote, safety
 from stack.data.identity import Part
 from stack.data.index import SUFFIX, ShardIndex, build_index, sha256_of, without_query
-from stack.data.remote import ShardCache, Stat, is_remote
-from stack.data.safety import MAX_TEXT, DecodeError
+from stack.data.remote import ShardCache, Stat, is_compressed, is_remote
+from stack.data.safety import MAX_CAPTION, MAX_TEXT, DecodeError, read_caption
 from stack.data.tar import HEADER_BYTES, is_header_of
 from stack.log import say
 from stack.shown import redact
@@ -37,12 +37,25 @@ _REQUESTS = 32  # to a store at once
 _MAX_MAPPED = 256  # indices whose columns are mapped at once
 _MAX_PATTERNS = 10**6  # that braces may expand to
 _MAX_NAMED = 10  # changed shards that an error names
+_SHOWN = 5  # files that a message names
 
 # ---- finding shards
 
 
+class Found(NamedTuple):
+    """Paths or URLs, sorted. compressed: archives that cannot be read by offset, and are passed over."""
+
+    shards: list[str]
+    compressed: list[str]
+
+
 def find_shards(source: str | Path) -> list[str]:
-    """Paths or URLs of the tars that `source` means, sorted.
+    """The shards of `find`."""
+    return find(source).shards
+
+
+def find(source: str | Path) -> Found:
+    """The tars that `source` means, and the compressed archives among them.
 
     `source` is a folder of *.tar, one tar, a glob or a brace list ("train/{00000..00007}.tar", "{a,b}.tar"), local or
     under any URL that fsspec knows. Raises UserError where there is none.
@@ -53,13 +66,26 @@ def find_shards(source: str | Path) -> list[str]:
     found: set[str] = set()
     for pattern in [text] if os.path.exists(text) else _expand_braces(text):
         found.update(remote.list_shards(pattern) if is_remote(pattern) else _local_shards(pattern))
-    return sorted(found)
+    compressed = sorted(filter(is_compressed, found))
+    if len(compressed) == len(found):
+        raise UserError(f"{redact(text)}: no plain .tar, but {describe_compressed(compressed)}")
+    return Found(sorted(found.difference(compressed)), compressed)
+
+
+def describe_compressed(urls: Sequence[str]) -> str:
+    """A phrase that names compressed archives, and the remedy."""
+    names = [without_query(url).rpartition("/")[2] for url in urls]
+    listed = ", ".join([*names[:_SHOWN], *("…" for _ in range(len(names) > _SHOWN))])
+    plural = "s are" if len(names) > 1 else " is"
+    return f"{len(names):,} compressed archive{plural} not read ({listed}): unpack to plain .tar files"
 
 
 def _local_shards(pattern: str) -> list[str]:
     _refuse_passing_error(pattern)
     if os.path.isdir(pattern):
-        found = glob.glob(os.path.join(glob.escape(pattern), "*.tar"))
+        names = os.listdir(pattern)
+        kept = [name for name in names if (name.endswith(".tar") and name[0] != ".") or is_compressed(name)]
+        found = [os.path.join(pattern, name) for name in kept]
     else:
         found = [pattern] if os.path.exists(pattern) else glob.glob(pattern)
     if not found:
@@ -133,7 +159,9 @@ def index_shards(
     Raises UserError where there is no shard, an index cannot be written into `folder`, or shards have changed since
     they were indexed; the error names them.
     """
-    urls = find_shards(source)
+    urls, compressed = find(source)
+    if compressed:
+        say(f"{redact(str(source))}: {describe_compressed(compressed)}")
     indices: dict[str, ShardIndex] = {}
     missing: list[_Work] = []
     changes: list[tuple[str, str]] = []
@@ -167,7 +195,16 @@ def index_shards(
         raise changed(*changes[0])
     if changes:
         raise _many_changed(str(source), sorted(changes))
+    _refuse_other_formats(indices.values())
     return [indices[url] for url in urls]
+
+
+def _refuse_other_formats(indices: Iterable[ShardIndex]) -> None:
+    """UserError naming the shards that are no tars. No index is kept of them."""
+    others = sorted(f"{redact(index.url)}: {index.damage}" for index in indices if not index.is_tar)
+    if others:
+        more = f" (and {len(others) - _SHOWN:,} more)" if len(others) > _SHOWN else ""
+        raise UserError(f"{'; '.join(others[:_SHOWN])}{more}")
 
 
 def _look_up(
@@ -269,6 +306,8 @@ class _Work:
 
     def _keep(self, index: ShardIndex) -> ShardIndex:
         """Save it. Local shards in a folder that cannot be written to are read all the same, indexed each time."""
+        if not index.is_tar:  # it is refused: what is unpacked in its place has not "changed"
+            return index
         try:
             index.save(self.path)
         except OSError as error:
@@ -329,18 +368,25 @@ class ShardReader:
         """Other versions of shards under which this process has found the bytes that were indexed."""
         self._process = os.getpid()
 
-    def read(self, shard: int, row: int, extension: str) -> bytes:
-        """The bytes of one member, whose name in the tar's own header is looked at.
+    def read(self, shard: int, row: int, extension: str, most: int | None = None) -> bytes:
+        """The bytes of one member, or the first `most` of them; its name in the tar's own header is looked at.
 
         Raises KeyError if the sample has no such member, UserError if the shard is gone or not what was indexed.
         """
         index = self.indices[shard]
         offset, length = index.span(row, extension)
-        data = os.pread(self.handle(shard), HEADER_BYTES + length, max(0, offset - HEADER_BYTES))
+        wanted = HEADER_BYTES + (length if most is None else min(length, most))
+        data = os.pread(self.handle(shard), wanted, max(0, offset - HEADER_BYTES))
         fits = is_header_of(data[:HEADER_BYTES], index.key(row), extension, length)
-        if not fits or len(data) < HEADER_BYTES + length:
+        if not fits or len(data) < wanted:
             raise self.cut(shard)
         return data[HEADER_BYTES:]
+
+    def caption(self, shard: int, row: int) -> str | None:
+        """KEY.txt, None if the sample has none. Raises DecodeError, and UserError as `read`."""
+        if not self.indices[shard].has(row, "txt"):
+            return None
+        return read_caption(self.read(shard, row, "txt", MAX_CAPTION + 1))
 
     def fields(self, shard: int, row: int) -> dict[str, Any]:
         """KEY.json, empty if the sample has none. Raises DecodeError, and UserError as `read`."""

@@ -223,7 +223,8 @@ def _foreseen(config: PreencodeConfig, index: ShardIndex) -> list[Rejected]:
         return index.rejected
     silent = (index.caption_length[:, 0] < 0) & (np.minimum(index.width, index.height) >= config.min_side)
     rows = np.flatnonzero(silent).tolist()
-    return [*index.rejected, *(Rejected(index.key(row), no_caption(place)) for row in rows)]
+    reasons = index.bad_captions
+    return [*index.rejected, *(Rejected(index.key(row), reasons.get(row) or no_caption(place)) for row in rows)]
 
 
 def _write_rejected(config: PreencodeConfig, source: ShardSet, share: Share) -> None:
