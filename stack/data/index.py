@@ -19,24 +19,24 @@ import os
 import zlib
 from collections import Counter
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
 
 import numpy as np
 
 from stack.config import UserError
-from stack.data import layout, mlperf, safety
+from stack.data import layout, mlperf, png, safety
 from stack.data.images import image_size
-from stack.data.safety import DecodeError, Rejected
+from stack.data.safety import DecodeError, Rejected, TooLarge
 from stack.data.tar import FILE, FOLDER, HEADER_BYTES, Member, read_headers
 from stack.files import publish
 from stack.shown import redact
 
 SUFFIX = ".index.safetensors"
-_FORMAT = 4  # of the saved index: raised when its meaning changes
+_FORMAT = 5  # of the saved index: raised when its meaning changes
 _MAX_SIZES = 256  # distinct sizes that are counted in the header; photographs have too many
 _ABSENT = 2**32 - 1  # length of a member that a sample lacks
 _MAX_MEMBER = 2**32 - 2
-_MAX_IMAGE_HEADER = 2**23  # bytes before the pixels, or beside what they take without compression
+_MAX_IMAGE_HEADER = 2**24  # bytes before the pixels, or beside what they take without compression
 _READ = frozenset({*safety.IMAGE_EXTENSIONS, "txt", "json", "safetensors", *mlperf.EXTENSIONS})
 _DTYPES: dict[str, np.dtype] = {"U8": np.dtype("u1"), "U32": np.dtype("<u4"), "I32": np.dtype("<i4")}
 
@@ -85,6 +85,9 @@ class ShardIndex:
             self.size = int(facts["size"])
             self.version, self.digest = str(facts["version"]), str(facts["digest"])
             self.sha256, self.damage = str(facts["sha256"]), str(facts["damage"])
+            most_kept, least_refused = facts["pixels"]
+            if not most_kept <= safety.max_pixels() < (least_refused or math.inf):
+                raise ValueError("built with another MMDIT_MAX_PIXELS")
             sizes = facts["sizes"]
             self.sizes = None if sizes is None else {(int(w), int(h)): int(count) for w, h, count in sizes}
         except (KeyError, TypeError, IndexError, AttributeError, ValueError, RecursionError) as error:
@@ -247,13 +250,18 @@ def build_index(path: str | Path, url: str | None = None, version: str | None = 
                 reasons.setdefault(last, f"incomplete: shard {damage}")
         digest = hashlib.sha256()
         samples: dict[str, tuple[int, int, list[int]]] = {}
+        most_kept, least_refused = 0, None  # what MMDIT_MAX_PIXELS has to allow, and must not, for this index to hold
         for key, group in groups.items():
             if key not in reasons:
                 try:
                     width, height, lengths, content = _measure(file, group)
                 except DecodeError as error:
                     reasons[key] = str(error)
+                    if isinstance(error, TooLarge):
+                        least_refused = min(error.needed, least_refused or error.needed)
                     continue
+                if (image := _image(group)) is not None:
+                    most_kept = max(most_kept, width * height, image.size)
                 samples[key] = (width, height, lengths)
                 spans = [(extension, member.offset, member.size) for extension, member in sorted(group.items())]
                 digest.update(json.dumps([key, spans]).encode() + content)
@@ -264,6 +272,7 @@ def build_index(path: str | Path, url: str | None = None, version: str | None = 
         "digest": digest.hexdigest(),
         "sha256": sha256,
         "damage": damage,
+        "pixels": [most_kept, least_refused],
         "rejected": list(reasons.items()),
     }
     used = {key: groups[key] for key in samples}
@@ -370,24 +379,32 @@ def _measure(file: BinaryIO, group: dict[str, Member]) -> tuple[int, int, list[i
     if any(extension in group for extension in mlperf.EXTENSIONS):
         side = mlperf.FACTOR * mlperf.measure({extension: member.size for extension, member in group.items()})
         return side, side, [mlperf.TOKENS], b""
-    image = next((group[extension] for extension in safety.IMAGE_EXTENSIONS if extension in group), None)
+    image = _image(group)
     if image is None:
         others = ", ".join(f".{extension}" for extension in sorted(group))
         raise DecodeError(f"no image: only {others} (a key ends at the first dot of the name)")
-    if image.size > safety.MAX_IMAGE:
-        raise DecodeError(f"image too large: {image.size:,} bytes")
+    if image.size > safety.max_pixels():
+        raise TooLarge(f"{image.size:,} bytes", image.size)
     content = read(group["txt"], length=safety.MAX_CAPTION + 1) if "txt" in group else b""
     length = len(safety.read_caption(content)) if "txt" in group else -1
-    # Through a window: Pillow reads no further than the header, and the pixels are most of a shard.
-    width, height = image_size(io.BufferedReader(_Window(file, image, _most_of_header(read(image, length=12))), 2**14))
+    width, height = image_size(_header(file, image, read(image, length=12)))
     if image.size > 8 * width * height + _MAX_IMAGE_HEADER:
         raise DecodeError(f"image too large: {image.size:,} bytes for {width}×{height} pixels")
     return width, height, [length], content
 
 
-def _most_of_header(magic: bytes) -> int:
-    """Bytes that Pillow may read of an image before its pixels: of a WebP it reads everything."""
-    return safety.MAX_IMAGE if magic[:4] == b"RIFF" and magic[8:] == b"WEBP" else _MAX_IMAGE_HEADER
+def _image(group: dict[str, Member]) -> Member | None:
+    """The member that is read as a sample's image."""
+    return next((group[extension] for extension in safety.IMAGE_EXTENSIONS if extension in group), None)
+
+
+def _header(file: BinaryIO, image: Member, magic: bytes) -> IO[bytes]:
+    """An image without what is most of a shard, its pixels. Of a WebP Pillow reads all; of a PNG little is read beside
+    the heads of its chunks, between which a buffer would be filled in vain."""
+    if magic.startswith(png.MAGIC):
+        return _Window(file, image, _MAX_IMAGE_HEADER)  # type: ignore[return-value]
+    is_webp = magic[:4] == b"RIFF" and magic[8:] == b"WEBP"
+    return io.BufferedReader(_Window(file, image, image.size if is_webp else _MAX_IMAGE_HEADER), 2**14)
 
 
 class _Window(io.RawIOBase):
