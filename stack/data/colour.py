@@ -170,8 +170,10 @@ def _of_gamma(gamma: float, chromaticity: tuple[float, ...] | None, space: Space
     if usual and abs(gamma * 2.2 - 1) < 0.05:
         return None, ""
     try:
+        if not 0.1 <= gamma <= 10:
+            raise ValueError(f"gamma {gamma}")
         profile = _profile(_SRGB if usual or chromaticity is None else chromaticity, (1 / gamma,), space)
-    except (ZeroDivisionError, struct.error, np.linalg.LinAlgError, ValueError, OverflowError):
+    except (ZeroDivisionError, struct.error, np.linalg.LinAlgError, ValueError):
         return None, f"colours not used: gamma {gamma:g} and chromaticities {chromaticity} are no colours"
     return _build_small(profile, space)
 

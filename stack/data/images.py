@@ -70,7 +70,10 @@ def unused_metadata(data: bytes) -> list[str]:
     image = open_image(data, pixels=False)
     _, colours = colour.conversion(image)
     reasons = [colours] if colours else []
-    reasons += [f"{name} not used: more than {png.MAX_UNPACKED:,} bytes" for name in image.info.get("unread", ())]
+    reasons += [
+        f"{name} not used: not readable, or more than {png.MAX_UNPACKED:,} bytes"
+        for name in image.info.get("unread", ())
+    ]
     if raw := image.info.get("Raw profile type APP1"):
         other = Image.Image()
         other.info["Raw profile type exif"] = raw

@@ -43,8 +43,8 @@ def open_png(file: IO[bytes], pixels: bool) -> Image.Image:
 
     `info` has Pillow's keys for colour and orientation (icc_profile, gamma, chromaticity, srgb, transparency, exif,
     xmp, "Raw profile type exif"), and beside them cicp, "Raw profile type APP1", depth (bits per sample), grey (whether
-    the samples are grey) and unread (names of the texts that are larger than `MAX_UNPACKED`). A transparent colour is
-    scaled as Pillow scales the samples.
+    the samples are grey) and unread (names of the texts that are broken or larger than `MAX_UNPACKED`). A transparent
+    colour is scaled as Pillow scales the samples.
 
     Raises DamagedError, and whatever Pillow raises.
     """
