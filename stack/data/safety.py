@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Collection
@@ -17,13 +18,13 @@ from typing import IO, NamedTuple
 from PIL import Image
 
 from stack.config import UserError
+from stack.data import png
 from stack.shown import is_redacted, redact
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 FORBIDDEN_EXTENSIONS = frozenset({"pyd", "pkl", "pickle", "pth", "pt"})
 MAX_PIXELS = 64 * 2**20
-MAX_IMAGE = 64 * 2**20
-"""Bytes of an image file, which is read whole."""
+"""Pixels of an image, and bytes of its file, which is read whole; the environment's MMDIT_MAX_PIXELS replaces it."""
 MAX_TEXT = 2**20
 """Bytes of a JSON member that is read."""
 MAX_CAPTION = 2**16
@@ -31,7 +32,6 @@ MAX_CAPTION = 2**16
 MAX_KEY = 4096
 """Bytes of a sample's key: those of a path on Linux."""
 MAX_SAID = 300
-_IMAGE_FORMATS = ("JPEG", "PNG", "WEBP")
 
 
 class DecodeError(ValueError):
@@ -40,6 +40,14 @@ class DecodeError(ValueError):
 
 class EmptyCaptionError(DecodeError):
     """A text of no characters, or of white space alone."""
+
+
+class TooLarge(DecodeError):
+    """An image above `max_pixels`, which would have to be `needed`."""
+
+    def __init__(self, problem: str, needed: int) -> None:
+        super().__init__(f"image too large: {problem} (MMDIT_MAX_PIXELS is {max_pixels():,})")
+        self.needed = needed
 
 
 class Rejected(NamedTuple):
@@ -174,18 +182,37 @@ def refuse_name(name: str) -> str:
     return f"forbidden member: .{extension} can run code" if extension in FORBIDDEN_EXTENSIONS else ""
 
 
-def open_image(data: bytes | IO[bytes]) -> Image.Image:
-    """Read the header of an image, given as bytes or as an open file, not its pixels.
-
-    Raises DecodeError on another format than JPEG, PNG or WebP, whatever the extension says, and above `MAX_PIXELS`
-    (Pillow only warns up to 179 megapixels).
-    """
+def max_pixels() -> int:
+    """Most pixels of an image, and most bytes of its file. An environment variable, so that all processes of a job
+    share it: a sample that one of them left out would change the batches of the others. Raises UserError."""
+    value = os.environ.get("MMDIT_MAX_PIXELS", MAX_PIXELS)
     try:
-        image = Image.open(io.BytesIO(data) if isinstance(data, bytes) else data, formats=_IMAGE_FORMATS)
+        if (most := int(value)) > 0:
+            return most
+    except ValueError:
+        pass
+    raise UserError(f"MMDIT_MAX_PIXELS: {value!r} is not a positive integer")
+
+
+def open_image(data: bytes | IO[bytes], pixels: bool = True) -> Image.Image:
+    """Read the header of an image, given as bytes or as an open file. Its pixels can be loaded if `pixels` is true.
+
+    Raises DecodeError on another format than JPEG, PNG or WebP, whatever the extension says, and above `max_pixels`
+    (Pillow only warns up to twice its own limit).
+    """
+    most = max_pixels()
+    Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS or 0, most)  # refused by Pillow from twice as many on
+    try:
+        file = io.BytesIO(data) if isinstance(data, bytes) else data
+        is_png = file.read(len(png.MAGIC)) == png.MAGIC
+        file.seek(0)
+        image = png.open_png(file, pixels) if is_png else Image.open(file, formats=("JPEG", "WEBP"))
+    except png.DamagedError as error:
+        raise DecodeError(f"image not decodable: {error}") from error
     except Exception as error:  # Pillow's plugins raise nearly anything on hostile bytes
         raise DecodeError(f"image not readable: {_say(error)}") from error
-    if image.width * image.height > MAX_PIXELS:
-        raise DecodeError(f"image too large: {image.width}×{image.height} pixels")
+    if image.width * image.height > most:
+        raise TooLarge(f"{image.width}×{image.height} pixels", image.width * image.height)
     return image
 
 
