@@ -239,6 +239,7 @@ def command(shards: str | None, out: Path, minutes: float | None, prompts: Path 
     from stack.data.shards import index_shards
     from stack.files import publish
     from stack.preencode.job import PreencodeConfig
+    from stack.text.prompts import read
     from stack.train.recipe import TrainConfig
 
     if not CONFIGS.is_dir():
@@ -247,7 +248,7 @@ def command(shards: str | None, out: Path, minutes: float | None, prompts: Path 
     ranks = ranks or min(2, torch.cuda.device_count() or 2)
     kind = "scenes" if shards is None else "shards"
     budget = 60 * (minutes or DEFAULT_MINUTES)
-    shown = _listed(prompts) if prompts else SCENE_PROMPTS if shards is None else []
+    shown = read(prompts) if prompts else SCENE_PROMPTS if shards is None else []
     demo = Demo(out)
     index, source = out / "index", shards or str(out / "shards")
     if shards is None:
@@ -300,24 +301,16 @@ def command(shards: str | None, out: Path, minutes: float | None, prompts: Path 
     _report(demo, autoencoder, model, ranks)
 
 
-def _listed(prompts: Path) -> list[str]:
-    from stack.config import UserError
-
-    lines = [line.strip() for line in prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
-    if not lines:
-        raise UserError(f"{prompts}: holds no prompt")
-    return lines
-
-
 def _captions(encoded: Path) -> list[str]:
-    """NUM_PROMPTS captions spread over the data set."""
+    """NUM_PROMPTS captions spread over the data set, each in one line."""
     from stack.data.shards import ShardReader, ShardSet, index_shards
 
     shards = ShardSet(index_shards(encoded))
     reader = ShardReader(shards.indices)
     count = min(NUM_PROMPTS, shards.num_samples)
     numbers = [i * shards.num_samples // count for i in range(count)]
-    return [json.loads(reader.read(*shards.locate(number), "json"))["caption"] for number in numbers]
+    captions = [json.loads(reader.read(*shards.locate(number), "json"))["caption"] for number in numbers]
+    return [" ".join(caption.split()) for caption in captions]
 
 
 def _write_config(path: Path, base: Path, prompts: list[str]) -> None:

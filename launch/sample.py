@@ -52,20 +52,18 @@ def command(
     from stack.config import UserError, load
     from stack.evaluate.sample import draw_labels, load_sampler
     from stack.files import publish
+    from stack.text.prompts import check, encode, read
     from stack.train import snapshot
     from stack.train.pictures import contact_sheet
     from stack.train.sampler import SamplerConfig
 
     if (prompts is not None) + bool(starts or prompt is not None) != 1:
         raise UserError("give either a PROMPT, --image FILE, or both, or --prompts FILE")
-    texts = ["0" if prompt is None else prompt] * max(len(starts), 1)  # a run without classes has one label, 0
     if prompts is not None:
-        try:
-            texts = [line.strip() for line in prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
-        except UnicodeDecodeError:
-            raise UserError(f"{prompts}: not a text in UTF-8") from None
-    if not texts:
-        raise UserError(f"{prompts}: holds no prompt")
+        texts = read(prompts)
+    else:
+        texts = ["0" if prompt is None else prompt] * max(len(starts), 1)  # a run without classes has one label, 0
+        check(texts)
     snap, worse = snapshot.read(run, step), None if weak is None else snapshot.read(run, weak)
     if snap.metadata["kind"] == "class_to_image":
         if size is not None:
@@ -81,7 +79,7 @@ def command(
         width, height = _sides(size) or values["size"]
         del values["size"]
         config = load(SamplerConfig, values, sampling)
-        images = sampler.sample(encoders.encode(texts), (width, height), config, range(len(texts)), seed)
+        images = sampler.sample(encode(texts, encoders), (width, height), config, range(len(texts)), seed)
     if prompts is not None or len(images) > 1:
         picture = contact_sheet(images, [start.name for start in starts] or texts)
     else:

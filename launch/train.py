@@ -51,7 +51,7 @@ def _train(config: Path, overrides: tuple[str, ...], ranks: int, dry_run: bool) 
     if dry_run:
         check(resolved, dist.device())
         check_division(resolved.data.batch_size, ranks, resolved.parallel.accumulate)
-        data, objective = build(resolved, dist.device())
+        data, objective = build(resolved, dist.device(), previews=True)
         count = sum(p.numel() for p in objective.network.parameters())
         click.echo(configuration.dump(resolved))
         click.echo(f"{count:,} parameters, {data.num_samples:,} training samples", err=True)

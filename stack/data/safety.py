@@ -6,6 +6,7 @@ loaded (a pickle, a Python module) makes its whole sample refused.
 
 from __future__ import annotations
 
+import codecs
 import io
 import json
 import os
@@ -20,6 +21,7 @@ from PIL import Image
 from stack.config import UserError
 from stack.data import png
 from stack.shown import is_redacted, redact
+from stack.text.clean import legible
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 FORBIDDEN_EXTENSIONS = frozenset({"pyd", "pkl", "pickle", "pth", "pt"})
@@ -39,7 +41,7 @@ class DecodeError(ValueError):
 
 
 class EmptyCaptionError(DecodeError):
-    """A text of no characters, or of white space alone."""
+    """There is no caption, or no visible character in it."""
 
 
 class TooLarge(DecodeError):
@@ -217,13 +219,33 @@ def open_image(data: bytes | IO[bytes], pixels: bool = True) -> Image.Image:
 
 
 def read_caption(data: bytes) -> str:
-    """The caption in a .txt member, stripped. Raises DecodeError if it is empty, too large or not UTF-8."""
+    """The caption in a .txt member, as `check_caption` returns it. Raises what that raises, and DecodeError for bytes
+    that are no text."""
     if len(data) > MAX_CAPTION:
         raise DecodeError(f"caption too large: more than {MAX_CAPTION:,} bytes")
     try:
-        caption = data.decode("utf-8").strip()
+        return check_caption(decode_text(data))
     except UnicodeDecodeError as error:
         raise DecodeError(f"caption not UTF-8: {error.reason}") from None
+
+
+def decode_text(data: bytes) -> str:
+    """A text file in UTF-8, or in UTF-16 with its mark, as Windows' Notepad saves one. Raises UnicodeDecodeError."""
+    marked = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    return data.decode("utf-16" if marked else "utf-8-sig")
+
+
+def check_caption(text: str) -> str:
+    """`text` without control characters, stripped (see `legible`).
+
+    Raises DecodeError if it is too large or holds half a character, EmptyCaptionError if nothing of it is visible.
+    """
+    if len(text.encode("utf-8", "surrogatepass")) > MAX_CAPTION:
+        raise DecodeError(f"caption too large: more than {MAX_CAPTION:,} bytes")
+    try:
+        caption = legible(text)
+    except ValueError as error:
+        raise DecodeError(f"caption not UTF-8: {error}") from None
     if not caption:
         raise EmptyCaptionError("empty caption")
     return caption

@@ -389,17 +389,21 @@ class ShardReader:
         return read_caption(self.read(shard, row, "txt", MAX_CAPTION + 1))
 
     def fields(self, shard: int, row: int) -> dict[str, Any]:
-        """KEY.json, empty if the sample has none. Raises DecodeError, and UserError as `read`."""
+        """KEY.json, empty if the sample has none or it is no object. Raises DecodeError, and UserError as `read`."""
+        fields = self.json(shard, row)
+        return fields if isinstance(fields, dict) else {}
+
+    def json(self, shard: int, row: int) -> Any:
+        """What KEY.json holds, an empty object if the sample has none. Raises DecodeError, and UserError as `read`."""
         index = self.indices[shard]
         if not index.has(row, "json"):
             return {}
         if index.span(row, "json")[1] > MAX_TEXT:
             raise DecodeError(f"JSON too large: more than {MAX_TEXT:,} bytes")
         try:
-            fields = json.loads(self.read(shard, row, "json"))
+            return json.loads(self.read(shard, row, "json"))
         except (ValueError, RecursionError) as error:
             raise DecodeError(f"JSON not readable: {' '.join(str(error).split())}") from None
-        return fields if isinstance(fields, dict) else {}
 
     def handle(self, shard: int) -> int:
         """A file descriptor of the shard's tar, for reading by offset right away: a later call may close it."""

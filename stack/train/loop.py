@@ -171,7 +171,7 @@ def _build(config: TrainConfig, device: torch.device, state: dict[str, Any] | No
     elif state is None or path.is_symlink():
         rejected.clear()
     accept = identity.check_data(config.run.dir, config, state)
-    data, objective = build(config, device, rejected, state is None, accept)
+    data, objective = build(config, device, rejected, state is None, accept, previews=dist.rank() == 0)
     if dist.rank() == 0:
         dist.barrier()
         for line in data.unfilled():

@@ -80,17 +80,19 @@ def build(
     rejected: RejectLog | None = None,
     begin: bool = False,
     accept: Accept = lambda identity: None,
+    previews: bool = False,
 ) -> tuple[ShardData, Objective]:
     """The data set and the objective. UserError where the two kinds do not go together.
 
     rejected: where images that cannot be decoded are listed.  begin: whether the weights that `init.from` names are
     read; whoever loads others leaves them out.  accept: is called with the identity of the data before they are used.
+    previews: whether previews will be drawn, whose prompts are then read.
     """
     data, objective, seed = config.data, config.objective, config.run.seed
     if isinstance(data, LatentData) and isinstance(objective, TextToImageConfig):
         latents = LatentDataset(data, seed, accept)
         init = config.init.get("from") if begin else None
-        return latents, TextToImage(objective, latents, seed, device, init)
+        return latents, TextToImage(objective, latents, seed, device, init, previews)
     if isinstance(data, ImageData) and not isinstance(objective, TextToImageConfig):
         images = ImageDataset(data, seed, rejected, getattr(objective, "classes", None) or None, accept)
         if isinstance(objective, AutoencoderConfig):

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 from PIL.Image import Image
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from autoencoders.codec import Affine, Codec, Moments, draw, fingerprint
@@ -24,6 +24,7 @@ from stack.models import captioned, convert
 from stack.models.captioned import CaptionNetwork
 from stack.models.flops import flops_per_sample
 from stack.models.mmdit import MMDiT, MMDiTConfig
+from stack.text import prompts
 from stack.text.conditioning import EncodedText, join
 from stack.text.encoders import TextConfig, TextEncoders, fingerprints
 from stack.train.objective import Losses
@@ -52,6 +53,12 @@ class PreviewConfig(SamplerConfig):
     seed: Seed = 0
     size: tuple[int, int] = (32, 32)
     """(width, height) in pixels."""
+
+    @field_validator("prompts")
+    @classmethod
+    def _check_prompts(cls, texts: tuple[str, ...]) -> tuple[str, ...]:
+        prompts.check(texts)
+        return texts
 
 
 class TextToImageConfig(FlowConfig):
@@ -105,7 +112,9 @@ class TextToImage:
         seed: int,
         device: torch.device,
         init: Path | None = None,
+        previews: bool = False,
     ):
+        """previews: whether `preview` will be called: its prompts are encoded here, before the model is built."""
         manifest = data.manifest
         self._encoders = encoder_fingerprints(config.text, config.autoencoder)
         manifest.check(data.folder, self._encoders, config.text)
@@ -127,6 +136,8 @@ class TextToImage:
         self._check_widths(config, manifest.empty_text)
         self._device = device
         self._sampler: Sampler | None = None
+        if previews:
+            self._texts = prompts.encode(config.preview.prompts, TextEncoders(config.text, device))
         self.network: nn.Module
         if init and isinstance(config.model, MMDiTConfig):
             self.network = _read(init, config.model)
@@ -187,7 +198,6 @@ class TextToImage:
         if self._sampler is None:
             codec = Codec.load(self._config.autoencoder).to(self._device)
             self._sampler = Sampler(network, codec, self._config.text.pad, self._config)
-            self._texts = TextEncoders(self._config.text, self._device).encode(preview.prompts)
         self._sampler.network = network
         images = self._sampler.sample(self._texts, preview.size, preview, range(len(preview.prompts)), preview.seed)
         return contact_sheet(images, preview.prompts)
