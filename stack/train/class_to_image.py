@@ -117,13 +117,14 @@ class ClassToImage:
         label_B = self._label_B(batch)
         return self._config.predictor(lambda x_BCHW, t_B: network(x_BCHW, t_B, label_B))
 
-    def preview(self, network: nn.Module) -> Image:
-        """Samples, a column a class as far as there is room; of paired data each under the image it begins with."""
+    def preview(self, network: nn.Module, limit: int | None = None) -> Image:
+        """Samples, a column per class as far as there is room; of paired data each under the image it begins with."""
         config, space = self._config, self.space
         if self._shown is not None:
-            starts, label_B = self._shown.paired_BCHW, self._label_B(self._shown)
+            starts, label_B = self._shown.paired_BCHW, self._label_B(self._shown)[:limit]
+            starts = None if starts is None else starts[:limit]
         else:
-            starts, label_B = None, torch.arange(config.preview.count) % max(config.classes, 1)
+            starts, label_B = None, torch.arange(config.preview.count)[:limit] % max(config.classes, 1)
         noise = space.beginning(NoisePlan(config.preview.seed).at(0, range(len(label_B))), self._device, starts)
         x_BCHW = sample(network, config, label_B.to(self._device), noise, config.preview, self._classifier)
         image_BCHW = space.leave(x_BCHW.float())

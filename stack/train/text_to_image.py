@@ -181,7 +181,7 @@ class TextToImage:
         example = self._config.validation_example(latent_BCHW, noise_BCHW, batch.positions)
         return self._loss_B(network, batch, example)[0]
 
-    def preview(self, network: nn.Module) -> Image:
+    def preview(self, network: nn.Module, limit: int | None = None) -> Image:
         assert isinstance(network, CaptionNetwork)
         preview = self._config.preview
         if self._sampler is None:
@@ -189,8 +189,9 @@ class TextToImage:
             self._sampler = Sampler(network, codec, self._config.text.pad, self._config)
             self._texts = TextEncoders(self._config.text, self._device).encode(preview.prompts)
         self._sampler.network = network
-        images = self._sampler.sample(self._texts, preview.size, preview, range(len(preview.prompts)), preview.seed)
-        return contact_sheet(images, preview.prompts)
+        prompts = preview.prompts[:limit]
+        images = self._sampler.sample(self._texts[:limit], preview.size, preview, range(len(prompts)), preview.seed)
+        return contact_sheet(images, prompts)
 
     def metadata(self) -> dict[str, Any]:
         return {
