@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from autoencoders.codec import to_uint8
 from stack import config as configuration
-from stack.config import UserError, validate
+from stack.config import UserError
 from stack.data.dataset import ImageBatch, ImageDataset
 from stack.flow.draw import GuidedConfig, draw
 from stack.flow.guidance import Branches, ClassifierFn, Guided, branches, classifier_gradient
@@ -155,7 +155,7 @@ def classifier_of(
     log_probabilities, trained = load_classifier(run, device)
     if trained.path != config.path:
         raise UserError(f"{run}: a classifier of the path {trained.path}, and objective.path is {config.path}")
-    seen = snapshot.read(run).metadata["channels"]
+    seen = snapshot.read(run).part(int, "channels")
     if seen != channels or trained.classes < config.classes:
         raise UserError(
             f"{run}: a classifier of {trained.classes} classes in images of {seen} channels, wanted are "
@@ -259,11 +259,11 @@ def of_snapshot(snap: snapshot.Snapshot, device: torch.device) -> Trained:
     """As `load`."""
     if snap.metadata["kind"] != "class_to_image":
         raise UserError(f"{snap.path}: a run of kind {snap.metadata['kind']!r} has no network that draws classes")
-    config = validate(ClassToImageConfig, snap.metadata["objective"], str(snap.path))
-    sides = [(width, height) for width, height in snap.metadata["sides"]]
-    space = Space(config.autoencoder, snap.metadata["channels"], sides, device)
-    if space.autoencoder != snap.metadata.get("encoders", {}).get("autoencoder"):
+    config: ClassToImageConfig = snap.part(ClassToImageConfig, "objective")
+    space = Space(config.autoencoder, snap.part(int, "channels"), snap.part(list[tuple[int, int]], "sides"), device)
+    known = snap.part(dict[str, str], "encoders") if "encoders" in snap.metadata else {}
+    if space.autoencoder != known.get("autoencoder"):
         raise UserError(f"{config.autoencoder}: not the autoencoder with which {snap.path} was trained")
     network = labelled.build(config.model, space.channels, space.sides, config.classes, seed=0)
-    network.load_state_dict(snap.weights)
+    snap.fill(network)
     return Trained(network.to(device).eval(), config, space)

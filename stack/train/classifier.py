@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from pydantic import Field, PositiveFloat
 from torch import Tensor, nn
 
-from stack.config import Config, UserError, validate
+from stack.config import Config, UserError
 from stack.data.dataset import ImageBatch, ImageDataset
 from stack.flow.noise import Draws, NoisePlan
 from stack.flow.path import Linear, PathConfig
@@ -137,9 +137,9 @@ def load_classifier(
     snap = snapshot.read(run, step)
     if snap.metadata["kind"] != "classifier":
         raise UserError(f"{run}: a run of kind {snap.metadata['kind']!r} is no classifier")
-    config = validate(ClassifierConfig, snap.metadata["objective"], str(snap.path))
-    network = _build(config, snap.metadata["channels"], seed=0)
-    network.load_state_dict(snap.weights)
+    config: ClassifierConfig = snap.part(ClassifierConfig, "objective")
+    network = _build(config, snap.part(int, "channels"), seed=0)
+    snap.fill(network)
     network = network.to(device).eval().requires_grad_(False)
     flow = config.flow
 

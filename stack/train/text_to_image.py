@@ -72,11 +72,12 @@ def encoder_fingerprints(text: TextConfig, autoencoder: str) -> dict[str, str]:
 
 def check_encoders(snap: Snapshot) -> TextConfig:
     """The text encoders of a snapshot. UserError where one of them, or the autoencoder, is not that of the training."""
-    text = TextConfig(**snap.metadata["text"])
-    for name, value in encoder_fingerprints(text, snap.metadata["autoencoder"]).items():
-        if snap.metadata["encoders"].get(name) != value:
+    text: TextConfig = snap.part(TextConfig, "text")
+    encoders = snap.part(dict[str, str], "encoders")
+    for name, value in encoder_fingerprints(text, snap.part(str, "autoencoder")).items():
+        if encoders.get(name) != value:
             raise UserError(
-                f"{snap.path}: trained with {name} {snap.metadata['encoders'].get(name)}, found {value}: "
+                f"{snap.path}: trained with {name} {encoders.get(name)}, found {value}: "
                 "restore the encoder that made the training data"
             )
     return text
