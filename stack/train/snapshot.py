@@ -132,13 +132,15 @@ def read(run: Path, step: int | None = None) -> Snapshot:
 
     path = run / "snapshots" / f"{find(run, step):08d}.safetensors"
     try:
+        if path.is_dir():
+            raise ValueError("it is a folder")
         with safe_open(path, framework="pt") as file:
             strings = file.metadata() or {}
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dictionary)
         metadata = json.loads(strings["config"])
         if not isinstance(metadata, dict) or type(metadata["step"]) is not int or not isinstance(metadata["kind"], str):
             raise ValueError("its metadata is not that of a snapshot")
-    except (SafetensorError, KeyError, ValueError, RecursionError, IsADirectoryError) as error:
+    except (SafetensorError, KeyError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not a snapshot of this stack ({error}); {ANOTHER}") from None
     if strings.get("sha256") not in (None, _sha256(strings["config"], weights)):
         raise UserError(f"{path}: damaged, its hash is another than when it was written; {ANOTHER}")
