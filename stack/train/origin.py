@@ -15,7 +15,7 @@ from stack.files import publish
 from stack.log import say
 
 _MAX_HEADER = 100_000_000  # bytes, safetensors' own limit
-_RECORDS = ("config.yaml", "metrics.jsonl", "keys.jsonl", "wandb.json", "origin.json")
+RECORDS = ("config.yaml", "metrics.jsonl", "keys.jsonl", "wandb.json", "origin.json")
 
 
 def of(run: Path) -> str | None:
@@ -53,7 +53,7 @@ def begin(run: Path, start: int, origin: str, config: str) -> None:
 
 
 def _move_aside(run: Path, start: int) -> None:
-    records = [path for name in _RECORDS if not start and (path := run / name).is_file()]
+    records = [path for name in RECORDS if not start and (path := run / name).is_file()]
     began = any(path.name == "metrics.jsonl" for path in records)
     numbers = [int(path.name) for path in (run / "earlier").glob("*") if path.name.isdecimal()]
     aside, results, moved = run / "earlier" / str(max(numbers, default=0) + 1), run / "eval.jsonl", False
