@@ -52,8 +52,10 @@ def command(
     from stack.evaluate.sample import draw_labels, load_sampler
     from stack.files import publish
     from stack.train import snapshot
+    from stack.train.class_to_image import ClassToImageConfig
     from stack.train.pictures import contact_sheet
     from stack.train.sampler import SamplerConfig
+    from stack.train.text_to_image import PreviewConfig
 
     if (prompts is not None) + bool(starts or prompt is not None) != 1:
         raise UserError("give either a PROMPT, --image FILE, or both, or --prompts FILE")
@@ -69,16 +71,15 @@ def command(
     if snap.metadata["kind"] == "class_to_image":
         if size is not None:
             raise UserError("--size: images of labels have the size of the training's")
-        if prompt is prompts is None and snap.metadata["objective"]["classes"]:
+        if prompt is prompts is None and snap.part(ClassToImageConfig, "objective").classes:
             raise UserError(f"{run}: knows classes: give a PROMPT, the label of what is drawn")
         images = draw_labels(snap, [_label(text) for text in texts], sampling, seed, worse, starts)
     else:
         if starts:
             raise UserError(f"{run}: draws images from noise and a PROMPT: leave out --image")
         sampler, encoders = load_sampler(snap, dist.device(), worse)
-        values = dict(snap.metadata["sampling"])
-        width, height = _sides(size) or values["size"]
-        del values["size"]
+        width, height = _sides(size) or snap.part(PreviewConfig, "sampling").size
+        values = {key: value for key, value in snap.metadata["sampling"].items() if key != "size"}
         config = load(SamplerConfig, values, sampling)
         images = sampler.sample(encoders.encode(texts), (width, height), config, range(len(texts)), seed)
     if prompts is not None or len(images) > 1:

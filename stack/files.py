@@ -11,7 +11,7 @@ import re
 import secrets
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -61,6 +61,18 @@ def publish(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: Path, names: Collection[str] | None = None) -> None:
+    """Remove temporary files of `publish` that a killed process left: those of the files `names`, or all.
+
+    Only for whoever alone publishes them. What cannot be removed stays.
+    """
+    for path in folder.glob(".*.tmp"):
+        match = TEMPORARY.fullmatch(path.name)
+        if match and (names is None or match["name"] in names):
+            with suppress(OSError):
+                path.unlink()
 
 
 def copy_model(source: Path, out: Path, stem: str) -> None:

@@ -240,6 +240,10 @@ class ShardData(Dataset):
         """Training samples, an epoch."""
         return self.plan.num_samples
 
+    @property
+    def num_held_out(self) -> int:
+        return len(self._validation)
+
     def unfilled(self) -> list[str]:
         """A sentence on each bucket of which an epoch's training samples do not fill a batch."""
         tables = zip(self._tables, self.plan.quotas, strict=True)

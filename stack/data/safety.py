@@ -11,6 +11,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Collection
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -75,6 +76,8 @@ class RejectLog:
     def __init__(self, path: Path | None = None) -> None:
         self.path = path
         self._broken: dict[tuple[str, str], Rejected] = {}
+        self._unwritten: list[str] = []
+        """Lines that could not be written yet."""
         self._read = 0
         """Bytes of the file."""
 
@@ -90,17 +93,33 @@ class RejectLog:
             self.read()
         if (shard, line["key"]) in self._broken:
             return False
-        if self.path is None:
-            self._note(line)
-        else:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+        self._note(line)
+        if self.path is not None:
+            self._write(self.path, json.dumps(line) + "\n")
             self.read()  # of processes that add at the same time, the last one knows of all
         return True
 
+    def _write(self, path: Path, line: str) -> None:
+        """Append the line, after those that could not be written before. An error of the file system ends nothing."""
+        from stack.log import say
+
+        after_error = "\n" if self._unwritten else ""  # part of a line may be there
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("a", encoding="utf-8") as file:
+                file.write(after_error + "".join([*self._unwritten, line]))
+            self._unwritten.clear()
+        except OSError as error:
+            if not self._unwritten:
+                say(f"{path} cannot be written ({error}): its lines are kept and written later")
+            self._unwritten.append(line)
+
     def read(self) -> None:
-        """Take in what was added to the file since."""
+        """Take in what was added to the file since. Nothing, if it cannot be read now."""
+        with suppress(OSError):
+            self._take_in()
+
+    def _take_in(self) -> None:
         if self.path is None or not self.path.exists():
             return
         with self.path.open("rb") as file:
@@ -118,9 +137,11 @@ class RejectLog:
         """Begin anew, without a file."""
         if self.path is not None:
             self.path.unlink(missing_ok=True)
-        self._broken, self._read = {}, 0
+        self._broken, self._unwritten, self._read = {}, [], 0
 
     def _note(self, line: dict[str, str]) -> None:
+        if not (isinstance(line["key"], str) and isinstance(line["reason"], str)):
+            raise TypeError(line)
         self._broken.setdefault((line["shard"], line["key"]), Rejected(line["key"], line["reason"]))
 
 
