@@ -57,10 +57,23 @@ class Demo:
     def __init__(self, out: Path):
         self.out = out
         self.path = out / "stages.json"
-        self.done: dict[str, Any] = json.loads(self.path.read_text(encoding="utf-8")) if self.path.exists() else {}
+        self.done = self._read()
         self.chain = ""
         self.notes: list[str] = []
         """What a training lacked."""
+
+    def _read(self) -> dict[str, Any]:
+        from stack.config import UserError
+
+        try:
+            done = json.loads(self.path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return {}
+        except (ValueError, RecursionError):
+            done = None
+        if not isinstance(done, dict) or not all(isinstance(record, dict) for record in done.values()):
+            raise UserError(f"{self.path}: damaged; remove it, and all stages are done again")
+        return done
 
     def stage(self, name: str, arguments: list[str], output: Path, content: str = "") -> None:
         """Run `mmdit ARGUMENTS`, which makes `output`, or skip it. Exits with its exit code where it fails.

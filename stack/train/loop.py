@@ -271,9 +271,12 @@ def _try_preview(objective: Objective, network: nn.Module | None) -> None:
 def _write_records(run: Path, config: TrainConfig, start: int, data: DataIdentity, inputs: dict[str, Any]) -> None:
     """Make `run` the folder of this training: config.yaml, origin.json, data.json. For rank 0."""
 
+    known, text = identity.origin_of(config, inputs), configuration.dump(config)
+
     def write() -> str:
         try:
-            origin.begin(run, start, identity.origin_of(config, inputs), configuration.dump(config))
+            with origin.beginning(run, start, known), publish(run / "config.yaml") as temporary:
+                temporary.write_text(text, encoding="utf-8")
             identity.write(run, data)
         except OSError as error:
             if is_users(error):
@@ -282,7 +285,7 @@ def _write_records(run: Path, config: TrainConfig, start: int, data: DataIdentit
             return str(error)
         return ""
 
-    remove_leftovers(run, {"data.json", *origin.RECORDS})
+    remove_leftovers(run, {"config.yaml", "metrics.jsonl", "keys.jsonl", "wandb.json", "origin.json", "data.json"})
     remove_leftovers(run / "samples")
     if problem := _repeat(write, lambda: None):
         raise OSError(problem)

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from stack.files import publish
 from stack.log import say
 
 _MAX_HEADER = 100_000_000  # bytes, safetensors' own limit
-RECORDS = ("config.yaml", "metrics.jsonl", "keys.jsonl", "wandb.json", "origin.json")
+_RECORDS = ("metrics.jsonl", "keys.jsonl", "wandb.json")
 
 
 def of(run: Path) -> str | None:
@@ -38,22 +40,24 @@ def of_snapshot(path: Path) -> str | None:
     return origin if isinstance(origin, str) else None
 
 
-def begin(run: Path, start: int, origin: str, config: str) -> None:
-    """Make `run` the folder of the training `origin`, which goes on after step `start`; rank 0, before its first step.
+@contextmanager
+def beginning(run: Path, start: int, origin: str) -> Iterator[None]:
+    """Make `run` the folder of the training with this origin, which goes on after step `start`. For rank 0.
 
     Moves aside what another training has left for later steps: the newest snapshot would be one of them, and an
     evaluator would take their results for those of the steps to come. The same training makes the same files again.
-    config: the text of config.yaml. It is written before origin.json, so whoever finds this origin finds its config.
+    The caller writes config.yaml inside, so that whoever finds this origin finds its configuration.
     """
     if of(run) != origin:
         _move_aside(run, start)
-    for name, text in (("config.yaml", config), ("origin.json", json.dumps({"origin": origin}))):
-        with publish(run / name) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+    yield
+    with publish(run / "origin.json") as temporary:
+        temporary.write_text(json.dumps({"origin": origin}), encoding="utf-8")
 
 
 def _move_aside(run: Path, start: int) -> None:
-    records = [path for name in RECORDS if not start and (path := run / name).is_file()]
+    (run / "origin.json").unlink(missing_ok=True)
+    records = [path for name in _RECORDS if not start and (path := run / name).is_file()]
     began = any(path.name == "metrics.jsonl" for path in records)
     numbers = [int(path.name) for path in (run / "earlier").glob("*") if path.name.isdecimal()]
     aside, results, moved = run / "earlier" / str(max(numbers, default=0) + 1), run / "eval.jsonl", False
@@ -71,6 +75,8 @@ def _move_aside(run: Path, start: int) -> None:
             temporary.write_bytes(b"".join(line for line in lines if _step_of_line(line) <= start))
     for path in records if moved or began else ():
         _move(path, aside / path.name)
+    if began and (run / "config.yaml").is_file():
+        shutil.copy2(run / "config.yaml", aside / "config.yaml")  # evaluators wait for one, and find one at any time
     if moved or began:
         say(f"{run}: what another training left here of steps after {start} was moved to {aside}")
 

@@ -149,7 +149,8 @@ def test_a_result_in_hand_follows_its_snapshot(run, evaluated):
     shutil.rmtree(run / "eval")
     evaluator = Evaluator(run, EvaluationConfig())
     result = evaluator.measure(3)
-    origin.begin(run, 0, "another", (run / "config.yaml").read_text())
+    with origin.beginning(run, 0, "another"):
+        pass
     evaluator.report(result)
     assert evaluator.outdated()
     assert not list(run.glob("eval/*/*"))
@@ -184,10 +185,13 @@ def test_an_evaluator_takes_up_the_new_training(run, train, mmdit, monkeypatch):
 def test_an_origin_that_cannot_be_read_is_another(run, content):
     (run / "origin.json").write_bytes(content)
     before = contents(run, *EVALUATED, "metrics.jsonl", "config.yaml")
-    origin.begin(run, 0, "this", "new: 1\n")
+    with origin.beginning(run, 0, "this"):
+        assert (run / "config.yaml").exists()  # for evaluators
+        assert origin.of(run) is None
     assert contents(run / "earlier" / "1", *EVALUATED, "metrics.jsonl", "config.yaml") == before
-    assert (origin.of(run), (run / "config.yaml").read_text()) == ("this", "new: 1\n")
-    origin.begin(run, 0, "this", "new: 2\n")
+    assert origin.of(run) == "this"
+    with origin.beginning(run, 0, "this"):
+        pass
     assert not (run / "earlier" / "2").exists()
 
 
