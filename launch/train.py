@@ -6,9 +6,11 @@ from pathlib import Path
 
 import click
 
+from launch.arguments import PATH
+
 
 @click.command("train")
-@click.argument("config", type=click.Path(path_type=Path))
+@click.argument("config", type=PATH)
 @click.argument("overrides", nargs=-1)
 @click.option("--ranks", default=1, show_default=True, help="Processes to start on this machine.")
 @click.option("--dry-run", is_flag=True, help="Check everything, print the resolved configuration, train nothing.")

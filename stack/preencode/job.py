@@ -27,7 +27,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt, field_validator
 from autoencoders.codec import Codec, fingerprint
 from stack import config as configuration
 from stack import dist
-from stack.config import Config, UserError
+from stack.config import Config, Location, UserError
 from stack.data import cuts, mlperf
 from stack.data.buckets import BucketConfig, histogram
 from stack.data.cuts import Cut
@@ -61,7 +61,7 @@ _THREADS = 16  # that read indices: a network file system answers each after a m
 
 
 class PreencodeConfig(Config):
-    source: str
+    source: Location
     """Raw shards (img2dataset's layout), or MLPerf's pre-encoded ones: a folder, a .tar, a glob or a URL."""
     out: Path
     """Folder for the pre-encoded shards."""
@@ -77,7 +77,7 @@ class PreencodeConfig(Config):
     """Smaller images are left out."""
     max_rejected: float = Field(default=0.05, ge=0, le=1)
     """Share of the samples that may be broken; above it the job stops. Images below min_side do not count."""
-    autoencoder: str
+    autoencoder: Location
     text: TextConfig
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     t5_dtype: T5Dtype = None
@@ -240,7 +240,8 @@ def _foreseen(config: PreencodeConfig, index: ShardIndex) -> list[Rejected]:
         return index.rejected
     silent = (index.caption_length[:, 0] < 0) & (np.minimum(index.width, index.height) >= config.min_side)
     rows = np.flatnonzero(silent).tolist()
-    return [*index.rejected, *(Rejected(index.key(row), no_caption(place)) for row in rows)]
+    reasons = index.bad_captions
+    return [*index.rejected, *(Rejected(index.key(row), reasons.get(row) or no_caption(place)) for row in rows)]
 
 
 def _write_rejected(config: PreencodeConfig, source: ShardSet, share: Share) -> None:

@@ -18,7 +18,7 @@ from stack.config import UserError
 from stack.data import mlperf
 from stack.data.buckets import BucketRule, fit
 from stack.data.images import decode_image, to_bucket
-from stack.data.safety import DecodeError, EmptyCaptionError, Rejected, check_caption, read_caption
+from stack.data.safety import DecodeError, EmptyCaptionError, Rejected, check_caption
 from stack.data.schema import EncodedSample, text_tensors
 from stack.data.shards import ShardReader
 from stack.text.encoders import TextEncoders
@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 
 CHUNK_BATCHES = 4
 """Batches whose captions are sorted by length together."""
-MAX_KEY_BYTES = 80
-"""A tar's plain header holds names of 100."""
 
 
 class Raw(NamedTuple):
@@ -122,8 +120,6 @@ def read_samples(
 
     def load(row: int) -> Item:
         key, width, height = index.key(row), int(index.width[row]), int(index.height[row])
-        if len(key.encode(errors="surrogateescape")) > MAX_KEY_BYTES or not key.isprintable():
-            return Rejected(key, "name too long or not printable")
         if min(width, height) < config.min_side:
             return Rejected(key, f"smaller than min_side: {width}×{height} pixels")
         bucket = int(rule.assign(width, height))
@@ -173,12 +169,10 @@ def _captions(places: dict[str, str], reader: ShardReader, shard: int, row: int)
     captions: list[str | None] = []
     for place in places.values():
         try:
-            if place != "txt":
-                captions.append(_caption_of(place, fields))
-            elif reader.indices[shard].has(row, "txt"):
-                captions.append(read_caption(reader.read(shard, row, "txt")))
-            else:
+            caption = _caption_of(place, fields) if place != "txt" else reader.caption(shard, row)
+            if caption is None:
                 raise EmptyCaptionError(no_caption(place))
+            captions.append(caption)
         except EmptyCaptionError:
             if not captions:
                 raise

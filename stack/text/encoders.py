@@ -24,7 +24,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from stack.config import Config, UserError
+from stack.config import Config, Location, UserError, refusal
+from stack.files import probe
 from stack.text import clip_tokenizer, tokenizer
 from stack.text.clean import clean
 from stack.text.conditioning import EncodedText, Pad
@@ -47,9 +48,9 @@ class TextConfig(Config):
          full  `t5_max_tokens` and 77 tokens, T5 without a mask, as SD3 and FLUX were trained
     """
 
-    t5: str | None = None
-    clip_l: str | None = None
-    clip_g: str | None = None
+    t5: Location | None = None
+    clip_l: Location | None = None
+    clip_g: Location | None = None
     t5_max_tokens: int = pydantic.Field(default=77, ge=1)
     clip_tokens: bool = True
     """Whether CLIP's tokens stand in the context beside T5's, as in SD3. Without them CLIP gives the pooled vector
@@ -198,7 +199,8 @@ class ClipScore:
             if isinstance(self._tokenize, open_clip.SimpleTokenizer):
                 clip_tokenizer.speed_up(self._tokenize)
         except (OSError, RuntimeError, ValueError, KeyError, TypeError, SafetensorError) as error:
-            raise UserError(f"clip: {folder} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
+            message = f"clip: {folder} cannot be loaded: {' '.join(str(error).split())[:300]}"
+            raise refusal(error, message) from None
         self._model: Any = model.requires_grad_(False).eval().to(device)
         self._device = device
 
@@ -232,8 +234,9 @@ def _folder(name: str, source: str) -> Path:
         folder = Path(snapshot_download(repository, allow_patterns=wanted))
         weights = OPEN_CLIP_WEIGHTS if (folder / OPEN_CLIP_CONFIG).is_file() else "model*.safetensors*"
         return Path(snapshot_download(repository, allow_patterns=[*wanted, weights]))
-    except (OSError, HFValidationError):
-        raise UserError(f"text.{name}: {source!r} is no local folder, nor a hub id that can be reached") from None
+    except (OSError, HFValidationError) as error:
+        message = f"text.{name}: {source!r} is no local folder, nor a hub id that can be reached"
+        raise refusal(error, message) from None
 
 
 def _files(name: str, folder: Path) -> list[Path]:
@@ -305,11 +308,14 @@ def _load(name: str, folder: Path, config: TextConfig, device: torch.device, dty
     from safetensors import SafetensorError
 
     files = _files(name, folder)
+    for file in files:
+        probe(file)
     build = _load_t5 if name == "t5" else _load_open_clip if files[0].name == OPEN_CLIP_CONFIG else _load_clip
     try:
         model, forward, dim = build(folder, dtype, config.clip_projection)
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-        raise UserError(f"text.{name}: {folder} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
+        message = f"text.{name}: {folder} cannot be loaded: {' '.join(str(error).split())[:300]}"
+        raise refusal(error, message) from None
     model.requires_grad_(False).eval().to(device)
     max_tokens = config.t5_max_tokens if name == "t5" else CLIP_TOKENS
     return _Encoder(_tokenizer(name, files[-1], max_tokens), forward, dim, PAD_IDS[name], max_tokens)
@@ -418,8 +424,10 @@ def write_untrained_encoders(folder: str | Path, seed: int) -> TextConfig:
             file.chmod(0o644)  # safetensors writes 0600, whatever the umask
         try:
             partial.rename(folder)
-        except OSError:  # another process was first
-            shutil.rmtree(partial)
+        except OSError:
+            if not folder.is_dir():
+                raise
+            shutil.rmtree(partial)  # another process was first
     made_with = (
         json.loads((folder / _SEED_FILE).read_text(encoding="utf-8"))["seed"]
         if (folder / _SEED_FILE).is_file()
