@@ -30,16 +30,14 @@ MAX_CAPTION = 2**16
 """Bytes of a caption. Tokenizers take seconds for more, of which they keep a few hundred."""
 MAX_KEY = 4096
 """Bytes of a sample's key: those of a path on Linux."""
+EMPTY_CAPTION = "empty caption"
+"""What a text of no characters, or of white space alone, is rejected for."""
 MAX_SAID = 300
 _IMAGE_FORMATS = ("JPEG", "PNG", "WEBP")
 
 
 class DecodeError(ValueError):
     """The bytes of a member are not what its extension says, or are broken, or are larger than allowed."""
-
-
-class EmptyCaptionError(DecodeError):
-    """A text of no characters, or of white space alone."""
 
 
 class Rejected(NamedTuple):
@@ -194,7 +192,7 @@ def read_caption(data: bytes) -> str:
     except UnicodeDecodeError as error:
         raise DecodeError(f"caption not UTF-8: {error.reason}") from None
     if not caption:
-        raise EmptyCaptionError("empty caption")
+        raise DecodeError(EMPTY_CAPTION)
     return caption
 
 

@@ -18,7 +18,7 @@ from stack.config import UserError
 from stack.data import mlperf
 from stack.data.buckets import BucketRule, fit
 from stack.data.images import decode_image, to_bucket
-from stack.data.safety import DecodeError, EmptyCaptionError, Rejected, read_caption
+from stack.data.safety import EMPTY_CAPTION, DecodeError, Rejected, read_caption
 from stack.data.schema import EncodedSample, text_tensors
 from stack.data.shards import ShardReader
 from stack.text.encoders import TextEncoders
@@ -173,8 +173,8 @@ def _captions(places: dict[str, str], reader: ShardReader, shard: int, row: int)
         if place == "txt":
             try:
                 captions.append(reader.caption(shard, row))
-            except EmptyCaptionError:
-                if not captions:
+            except DecodeError as error:
+                if not captions or not str(error).startswith(EMPTY_CAPTION):
                     raise
                 captions.append(None)
         else:

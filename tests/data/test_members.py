@@ -107,7 +107,11 @@ def test_who_reads_json_is_not_concerned(mixed: Path, preencode, tmp_path: Path)
 
 
 def test_a_further_caption_may_be_empty_but_not_broken(mixed: Path, preencode, tmp_path: Path, listed) -> None:
-    done = preencode(mixed, captions={"long": "json.caption", "alt": "txt"}, max_rejected=0.5)
+    captions = {"long": "json.caption", "alt": "txt"}
+    done = preencode(mixed, captions=captions, max_rejected=0.2)
+    assert (done.returncode, "4 of 18 samples are broken (" in done.stderr) == (2, True), done.stderr
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["rejected.jsonl"]  # known before the work
+    done = preencode(mixed, captions=captions, max_rejected=0.5)
     assert (done.returncode, "14 samples, 4 left out" in done.stdout) == (0, True), done.stderr
     assert set(listed(tmp_path / "out" / "rejected.jsonl")) == {"latin", "UTF-16", "long", "binary"}
 
