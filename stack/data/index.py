@@ -28,7 +28,7 @@ from stack.data import layout, mlperf, safety
 from stack.data.images import image_size
 from stack.data.members import MAX_MEMBER, READ, further_images, group
 from stack.data.safety import DecodeError, Rejected
-from stack.data.tar import HEADER_BYTES, NOT_A_TAR, Member, read_headers
+from stack.data.tar import FILE, HEADER_BYTES, NOT_A_TAR, Member, read_headers
 from stack.files import publish
 from stack.shown import redact
 
@@ -331,7 +331,7 @@ def _serialize(
         "by_hash": np.argsort(hashes, kind="stable").astype(np.uint32),
     }
     for extension in sorted(READ & {extension for own in groups.values() for extension in own}):
-        members = [m if (m := own.get(extension)) and m.size <= MAX_MEMBER else None for own in groups.values()]
+        members = [m if (m := own.get(extension)) and _readable(m) else None for own in groups.values()]
         columns[f"offset.{extension}"] = np.array([m.offset // HEADER_BYTES if m else 0 for m in members], np.uint32)
         columns[f"length.{extension}"] = np.array([m.size if m else _ABSENT for m in members], np.uint32)
     rejected = [[safety.cut(key), safety.cut(reason)] for key, reason in facts.pop("rejected")]
@@ -339,6 +339,10 @@ def _serialize(
         columns[name] = np.frombuffer(json.dumps(listed).encode() if listed else b"", np.uint8)
     counts = [[*size, count] for size, count in sizes.items()] if len(sizes) <= _MAX_SIZES else None
     return _with_facts(save(columns), {**facts, "format": _FORMAT, "sizes": counts})
+
+
+def _readable(member: Member) -> bool:
+    return member.kind == FILE and member.size <= MAX_MEMBER
 
 
 def _with_facts(data: bytes, facts: dict[str, Any]) -> bytes:
@@ -392,13 +396,15 @@ def _measure(file: BinaryIO, group: dict[str, Member]) -> tuple[int, int, list[i
         raise DecodeError(f"no image: only {others} (a key ends at the first dot of the name)")
     if image.size > safety.MAX_IMAGE:
         raise DecodeError(f"image too large: {image.size:,} bytes")
-    content = read(group["txt"], length=safety.MAX_CAPTION + 1) if "txt" in group else b""
-    length, bad_caption = -1, ""
-    if "txt" in group:
+    text, content, length, bad_caption = group.get("txt"), b"", -1, ""
+    if text is not None:
+        content = read(text, length=safety.MAX_CAPTION + 1)
         try:
+            if text.kind != FILE:
+                raise DecodeError(f"caption not a file: {text.name} is a {text.kind}")
             length = len(safety.read_caption(content))
         except DecodeError as error:
-            bad_caption = str(error)
+            bad_caption = safety.cut(str(error))
     # Through a window: Pillow reads no further than the header, and the pixels are most of a shard.
     width, height = image_size(io.BufferedReader(_Window(file, image, _most_of_header(read(image, length=12))), 2**14))
     if image.size > 8 * width * height + _MAX_IMAGE_HEADER:

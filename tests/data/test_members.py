@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import tarfile
 from collections.abc import Callable
@@ -163,9 +164,23 @@ def test_a_huge_text_is_not_read(tmp_path: Path, pack, sample) -> None:
     assert not index.has(1, "txt")
 
 
-def test_members_of_other_kinds_may_be_doubled(tmp_path: Path, pack, sample) -> None:
-    index = build_index(pack(tmp_path / "x.tar", [*sample("a"), ("a.npy", b"1"), ("a.npy", b"2"), *sample("b")]))
-    assert (index.keys, index.rejected) == (["a", "b"], [])
+def test_members_beside_the_image_may_be_doubled_or_links(tmp_path: Path, pack, sample) -> None:
+    path = pack(tmp_path / "x.tar", [*sample("a"), ("a.npy", b"1"), ("a.npy", b"2"), *sample("b"), ("b.txt", b"two")])
+    with tarfile.open(path, "a") as tar:
+        for key, kinds in (("c", ("png", "json")), ("d", ("png", "txt"))):
+            for kind, data in ((name.partition(".")[2], data) for name, data in sample(key)):
+                info = tarfile.TarInfo(f"{key}.{kind}")
+                info.size = len(data) if kind in kinds else 0
+                info.type, info.linkname = (tarfile.REGTYPE, "") if kind in kinds else (tarfile.SYMTYPE, "/etc/passwd")
+                tar.addfile(info, io.BytesIO(data))
+    index = build_index(path)
+    assert (index.keys, index.rejected) == (["a", "b", "c", "d"], [])
+    assert index.bad_captions == {
+        1: "caption not a file: b.txt is a duplicate",
+        2: "caption not a file: c.txt is a symbolic link",
+    }
+    assert [index.has(row, "txt") for row in range(4)] == [True, False, False, True]
+    assert [index.has(row, "json") for row in range(4)] == [True, True, True, False]
 
 
 # ---- files of no sample
