@@ -19,15 +19,15 @@ import os
 import zlib
 from collections import Counter
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
 
 import numpy as np
 
 from stack.config import UserError
-from stack.data import layout, mlperf, safety
+from stack.data import layout, mlperf, png, safety
 from stack.data.images import image_size
 from stack.data.members import MAX_MEMBER, READ, further_images, group
-from stack.data.safety import DecodeError, Rejected
+from stack.data.safety import DecodeError, Rejected, TooLarge
 from stack.data.tar import FILE, HEADER_BYTES, NOT_A_TAR, Member, read_headers
 from stack.files import publish
 from stack.shown import redact
@@ -37,7 +37,7 @@ _FORMAT = 5  # of the saved index: raised when its meaning changes
 _MAX_SIZES = 256  # distinct sizes that are counted in the header; photographs have too many
 _ABSENT = 2**32 - 1  # length of a member that a sample lacks
 _SHOWN = 10  # names of members that belong to no sample, or kinds of further images, that an index keeps
-_MAX_IMAGE_HEADER = 2**23  # bytes before the pixels, or beside what they take without compression
+_MAX_IMAGE_HEADER = 2**24  # bytes before the pixels, or beside what they take without compression
 _DTYPES: dict[str, np.dtype] = {"U8": np.dtype("u1"), "U32": np.dtype("<u4"), "I32": np.dtype("<i4")}
 
 
@@ -56,7 +56,9 @@ class ShardIndex:
     captions, −1 for a caption that a sample lacks, or that cannot be used.
     by_hash: uint32 [n]; rows by the crc32 of their keys.
     sizes: (width, height) → samples, None if there are too many different ones.
-    digest: sha256 of keys, captions and where the members stand.  sha256: of a pre-encoded shard's file, else "".
+    digest: sha256 of keys, captions and where the members stand.  sha256: of the shard's file.
+    identity: sha256 of the file's bytes and of what the batch plan takes from them: keys, sizes, caption lengths. Equal
+    shards have the same one, whatever their names, places and times.
     rejected: the samples left out, and why.  bad_captions: row → what is wrong with its KEY.txt, whose image is usable.
     damage: what is wrong with the archive itself, "" if it is whole.
     num_strays, strays: members that belong to no sample, and the first of their names.  further_images: (extension that
@@ -88,8 +90,12 @@ class ShardIndex:
             self.size = int(facts["size"])
             self.version, self.digest = str(facts["version"]), str(facts["digest"])
             self.sha256, self.damage = str(facts["sha256"]), str(facts["damage"])
+            self.identity = str(facts["identity"])
             self.num_strays, self.strays = int(facts["num_strays"]), list(map(str, facts["strays"]))
             self.further_images = [(str(read), str(other), int(count)) for read, other, count in facts["further"]]
+            most_kept, least_refused = facts["pixels"]
+            if not most_kept <= safety.max_pixels() < (least_refused or math.inf):
+                raise ValueError("built with another MMDIT_MAX_PIXELS")
             sizes = facts["sizes"]
             self.sizes = None if sizes is None else {(int(w), int(h)): int(count) for w, h, count in sizes}
         except (KeyError, TypeError, IndexError, AttributeError, ValueError, RecursionError) as error:
@@ -280,19 +286,24 @@ def build_index(path: str | Path, url: str | None = None, version: str | None = 
         digest = hashlib.sha256()
         samples: dict[str, tuple[int, int, list[int]]] = {}
         bad_captions: dict[int, str] = {}
+        most_kept, least_refused = 0, None  # what MMDIT_MAX_PIXELS has to allow, and must not, for this index to hold
         for key, own in groups.items():
             if key not in reasons:
                 try:
                     width, height, lengths, content, bad_caption = _measure(file, own)
                 except DecodeError as error:
                     reasons[key] = str(error)
+                    if isinstance(error, TooLarge):
+                        least_refused = min(error.needed, least_refused or error.needed)
                     continue
                 if bad_caption:
                     bad_captions[len(samples)] = bad_caption
+                if (image := _image(own)) is not None:
+                    most_kept = max(most_kept, width * height, image.size)
                 samples[key] = (width, height, lengths)
                 spans = [(extension, member.offset, member.size) for extension, member in sorted(own.items())]
                 digest.update(json.dumps([key, spans]).encode() + content)
-        sha256 = _sha256(file) if any("safetensors" in groups[key] for key in samples) else ""
+        sha256 = sha256_of(file)
     used = {key: groups[key] for key in samples}
     further = further_images(list(used.values())).most_common(_SHOWN)
     facts = {
@@ -301,6 +312,7 @@ def build_index(path: str | Path, url: str | None = None, version: str | None = 
         "digest": digest.hexdigest(),
         "sha256": sha256,
         "damage": damage,
+        "pixels": [most_kept, least_refused],
         "rejected": list(reasons.items()),
         "bad_captions": list(bad_captions.items()),
         "num_strays": len(strays),
@@ -330,6 +342,9 @@ def _serialize(
         "caption_length": caption_length,
         "by_hash": np.argsort(hashes, kind="stable").astype(np.uint32),
     }
+    identity = hashlib.sha256(facts["sha256"].encode())
+    for name in ("key.bytes", "key.start", "width", "height", "caption_length"):
+        identity.update(columns[name].tobytes())
     for extension in sorted(READ & {extension for own in groups.values() for extension in own}):
         members = [m if (m := own.get(extension)) and _readable(m) else None for own in groups.values()]
         columns[f"offset.{extension}"] = np.array([m.offset // HEADER_BYTES if m else 0 for m in members], np.uint32)
@@ -338,7 +353,8 @@ def _serialize(
     for name, listed in (("rejected", rejected), ("bad_captions", facts.pop("bad_captions"))):
         columns[name] = np.frombuffer(json.dumps(listed).encode() if listed else b"", np.uint8)
     counts = [[*size, count] for size, count in sizes.items()] if len(sizes) <= _MAX_SIZES else None
-    return _with_facts(save(columns), {**facts, "format": _FORMAT, "sizes": counts})
+    facts |= {"format": _FORMAT, "identity": identity.hexdigest(), "sizes": counts}
+    return _with_facts(save(columns), facts)
 
 
 def _readable(member: Member) -> bool:
@@ -362,7 +378,7 @@ def _check_sum(entries: dict[str, Any], facts: dict[str, Any]) -> int:
     return zlib.crc32(json.dumps([entries, facts], sort_keys=True).encode())
 
 
-def _sha256(file: BinaryIO) -> str:
+def sha256_of(file: BinaryIO) -> str:
     file.seek(0)
     digest = hashlib.sha256()
     while piece := file.read(2**22):
@@ -390,12 +406,12 @@ def _measure(file: BinaryIO, group: dict[str, Member]) -> tuple[int, int, list[i
     if any(extension in group for extension in mlperf.EXTENSIONS):
         side = mlperf.FACTOR * mlperf.measure({extension: member.size for extension, member in group.items()})
         return side, side, [mlperf.TOKENS], b"", ""
-    image = next((group[extension] for extension in safety.IMAGE_EXTENSIONS if extension in group), None)
+    image = _image(group)
     if image is None:
         others = ", ".join(f".{extension}" for extension in sorted(group))
         raise DecodeError(f"no image: only {others} (a key ends at the first dot of the name)")
-    if image.size > safety.MAX_IMAGE:
-        raise DecodeError(f"image too large: {image.size:,} bytes")
+    if image.size > safety.max_pixels():
+        raise TooLarge(f"{image.size:,} bytes", image.size)
     text, content, length, bad_caption = group.get("txt"), b"", -1, ""
     if text is not None:
         content = read(text, length=safety.MAX_CAPTION + 1)
@@ -405,16 +421,24 @@ def _measure(file: BinaryIO, group: dict[str, Member]) -> tuple[int, int, list[i
             length = len(safety.read_caption(content))
         except DecodeError as error:
             bad_caption = safety.cut(str(error))
-    # Through a window: Pillow reads no further than the header, and the pixels are most of a shard.
-    width, height = image_size(io.BufferedReader(_Window(file, image, _most_of_header(read(image, length=12))), 2**14))
+    width, height = image_size(_header(file, image, read(image, length=12)))
     if image.size > 8 * width * height + _MAX_IMAGE_HEADER:
         raise DecodeError(f"image too large: {image.size:,} bytes for {width}×{height} pixels")
     return width, height, [length], content, bad_caption
 
 
-def _most_of_header(magic: bytes) -> int:
-    """Bytes that Pillow may read of an image before its pixels: of a WebP it reads everything."""
-    return safety.MAX_IMAGE if magic[:4] == b"RIFF" and magic[8:] == b"WEBP" else _MAX_IMAGE_HEADER
+def _image(group: dict[str, Member]) -> Member | None:
+    """The member that is read as a sample's image."""
+    return next((group[extension] for extension in safety.IMAGE_EXTENSIONS if extension in group), None)
+
+
+def _header(file: BinaryIO, image: Member, magic: bytes) -> IO[bytes]:
+    """An image without what is most of a shard, its pixels. Of a WebP Pillow reads all; of a PNG little is read beside
+    the heads of its chunks, between which a buffer would be filled in vain."""
+    if magic.startswith(png.MAGIC):
+        return _Window(file, image, _MAX_IMAGE_HEADER)  # type: ignore[return-value]
+    is_webp = magic[:4] == b"RIFF" and magic[8:] == b"WEBP"
+    return io.BufferedReader(_Window(file, image, image.size if is_webp else _MAX_IMAGE_HEADER), 2**14)
 
 
 class _Window(io.RawIOBase):

@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 
 from stack.config import UserError
-from stack.data import mlperf
+from stack.data import cuts, mlperf
 from stack.data.buckets import BucketRule, histogram
+from stack.data.cuts import Cut
 from stack.data.index import without_query
 from stack.data.remote import ShardCache
 from stack.data.schema import MANIFEST, Manifest, load_manifest
@@ -183,6 +184,7 @@ def _manifest(manifest: Manifest) -> dict[str, Any]:
         "source": manifest.source[:_SHOWN_DIGITS],
         "encoders": {name: digest[:_SHOWN_DIGITS] for name, digest in manifest.encoders.items()},
         **{name: getattr(manifest, name) for name in (*text, *latent)},
+        "cut": {name: cut.model_dump() for name, cut in manifest.cut.items()},
     }
 
 
@@ -236,6 +238,7 @@ def _manifest_lines(facts: dict[str, Any]) -> list[str]:
         f"of the manifest, {facts['rejected']:,} left out",
         f"text: pad {facts['pad']}, at most {facts['t5_max_tokens']} tokens of T5, {clip} CLIP's tokens; pooled vector "
         f"{pooled}",
+        *cuts.lines({name: Cut(**cut) for name, cut in facts["cut"].items()}),
         f"latent: {latent}, scale {facts['scale']:.6g}, shift {facts['shift']:.6g}",
         f"  mean a channel: {' '.join(f'{value:.3g}' for value in facts['latent_mean'])}",
         f"  standard deviation: {' '.join(f'{value:.3g}' for value in facts['latent_std'])}",

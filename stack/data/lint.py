@@ -21,7 +21,7 @@ import numpy as np
 
 from stack.config import UserError
 from stack.data import layout, mlperf, remote
-from stack.data.images import decode_image
+from stack.data.images import decode_image, unused_metadata
 from stack.data.index import ShardIndex, build_index, without_query
 from stack.data.layout import Slot
 from stack.data.remote import ShardCache, is_remote
@@ -244,6 +244,7 @@ def _image(data: bytes, extension: str) -> Iterator[str]:
         if held not in _FORMATS[extension]:
             yield f"extension: .{extension} holds {held}"
         decode_image(data)
+        yield from unused_metadata(data)
     except DecodeError as error:
         yield str(error)
 

@@ -29,7 +29,7 @@ from fsspec.config import apply_config
 from pydantic import Field
 from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
 
-from stack.config import Config, UserError
+from stack.config import Config, UserError, refusal
 from stack.data.safety import check_source
 from stack.files import is_at
 from stack.log import say
@@ -463,7 +463,8 @@ class ShardCache:
         except OSError as error:
             if error.errno is None:
                 raise  # the store's, not this machine's
-            raise UserError(f"{self.dir}: shards cannot be cached here ({error.strerror}); name another dir") from None
+            message = f"{self.dir}: shards cannot be cached here ({error.strerror}); name another dir"
+            raise refusal(error, message) from None
 
     def _entry(self, url: str, expected: Stat) -> Path:
         digest = hashlib.sha256(f"{url}\n{expected.version}".encode()).hexdigest()[:32]

@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, suppress
+from copy import copy
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,29 +27,41 @@ from pydantic import Field, NonNegativeInt, PositiveInt, field_validator
 from autoencoders.codec import Codec, fingerprint
 from stack import config as configuration
 from stack import dist
-from stack.claims import Claims, owners
-from stack.config import Config, UserError
-from stack.data import mlperf
+from stack.config import Config, Location, UserError
+from stack.data import cuts, mlperf
 from stack.data.buckets import BucketConfig, histogram
+from stack.data.cuts import Cut
 from stack.data.dataset import say_damage
 from stack.data.index import ShardIndex
 from stack.data.remote import CacheConfig, ShardCache, Stat, is_remote
-from stack.data.safety import EMPTY_CAPTION, Rejected, check_budget, entry
-from stack.data.schema import DTYPES, MANIFEST, Manifest, ShardRecord, T5Dtype, load_manifest, text_tensors, to_bytes
+from stack.data.safety import EMPTY_CAPTION, Rejected, entry, over_budget
+from stack.data.schema import (
+    DTYPES,
+    MANIFEST,
+    READING,
+    Manifest,
+    ShardRecord,
+    T5Dtype,
+    load_manifest,
+    text_tensors,
+    to_bytes,
+)
 from stack.data.shards import ShardReader, ShardSet, index_shards, unique_names
 from stack.files import publish
 from stack.log import progress, say
 from stack.preencode.pipeline import CHUNK_BATCHES, Encoders, no_caption, overlapped, read_samples
-from stack.preencode.writer import ShardWriter, outputs, stats_path
+from stack.preencode.share import Share
+from stack.preencode.stats import Finished, read_all, stats_path
+from stack.preencode.writer import ShardWriter
 from stack.shown import redact
 from stack.text.encoders import TextConfig, TextEncoders, fingerprints
 
-_POLL_S = 1.0
-_NOT_BROKEN = ("smaller than min_side", "the tokenizers of")  # reasons that say nothing against a sample
+_NOT_BROKEN = "smaller than min_side"  # the reason that says nothing against a sample
+_THREADS = 16  # that read indices: a network file system answers each after a millisecond
 
 
 class PreencodeConfig(Config):
-    source: str
+    source: Location
     """Raw shards (img2dataset's layout), or MLPerf's pre-encoded ones: a folder, a .tar, a glob or a URL."""
     out: Path
     """Folder for the pre-encoded shards."""
@@ -62,7 +77,7 @@ class PreencodeConfig(Config):
     """Smaller images are left out."""
     max_rejected: float = Field(default=0.05, ge=0, le=1)
     """Share of the samples that may be broken; above it the job stops. Images below min_side do not count."""
-    autoencoder: str
+    autoencoder: Location
     text: TextConfig
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     t5_dtype: T5Dtype = None
@@ -96,77 +111,73 @@ def preencode(config: PreencodeConfig) -> Manifest:
             raise UserError(f"source: {redact(index.url)} holds pre-encoded samples; name raw shards")
     say_damage(source.indices)
     targets = [config.out / index.name for index in source.indices]
-    for index, target in zip(source.indices, targets, strict=True):
-        if not is_remote(index.url) and Path(index.url).resolve() == target.resolve():
-            raise UserError(f"out: {config.out} is the folder of the source shards, which would be overwritten")
-    mark = mark_of(config, source, encoder_fingerprints(config), dist.frozen_dtype(dist.device()))
-    _refuse_other_shards(config.out, mark)
-    finished = [_stats(target, mark) is not None for target in targets]
-    if not all(finished):
-        _work(config, source, ShardReader(source.indices, cache), targets, mark)
-    stats = [stats for target in targets if (stats := _stats(target, mark)) is not None]
-    if all(finished) and (config.out / MANIFEST).exists():
+    _refuse_source(config, source, targets)
+    # A finished set of an older version stays as it is; one that is not finished is not continued.
+    reading = load_manifest(config.out).reading if (config.out / MANIFEST).exists() else READING
+    settings = settings_of(config, source, encoder_fingerprints(config), dist.frozen_dtype(dist.device()), reading)
+    share = Share(config.out, targets, settings, configuration.fingerprint_of(settings))
+    _refuse_source(config, source, targets, share.left)
+    had_all = not share.left
+    if share.left and reading != READING:
+        say(f"{config.out}: an older version made this set, which read some captions otherwise: see `--verify`")
+    if not had_all:
+        _work(config, source, ShardReader(source.indices, cache), share)
+    if had_all and (config.out / MANIFEST).exists():
         manifest = load_manifest(config.out)
     else:
-        _check_budget(config, source, dict(enumerate(stats)))
-        manifest = _write_manifest(config, source, targets, stats)
-    counts = np.sum([one["buckets"] for one in stats], axis=0).tolist()
+        _Budget(config, source, share).check()
+        manifest = _write_manifest(config, source, share, reading)
+        share.clean()
+    counts = np.sum([one.buckets for one in share.finished.values()], axis=0).tolist()
     say(f"{config.out}: samples by bucket, width×height\n{histogram(counts, config.buckets.rule())}")
+    for line in cuts.lines(manifest.cut):
+        say(f"{config.out}: {line}")
     return manifest
 
 
-def _work(config: PreencodeConfig, source: ShardSet, reader: ShardReader, targets: list[Path], mark: str) -> None:
+def _refuse_source(config: PreencodeConfig, source: ShardSet, targets: list[Path], numbers: Iterable[int] = ()) -> None:
+    """UserError where `out` is a folder of source shards, or holds one of the source shards `numbers` by a link."""
+    urls = [index.url for index in source.indices]
+    folders = {os.path.dirname(url) for url in urls if not is_remote(url)}
+    same = [n for n in numbers if not is_remote(urls[n]) and targets[n].exists() and targets[n].samefile(urls[n])]
+    if same or config.out.resolve() in map(Path.resolve, map(Path, folders)):
+        raise UserError(f"out: {config.out} is the folder of the source shards, which would be overwritten")
+
+
+def _work(config: PreencodeConfig, source: ShardSet, reader: ShardReader, share: Share) -> None:
     """Encode shards that nobody has in hand until all are finished, taking over those of workers that died."""
-    known = {number: stats for number, target in enumerate(targets) if (stats := _stats(target, mark)) is not None}
-    _check_budget(config, source, known)
-    total = source.num_samples + sum(len(index.rejected) for index in source.indices)
-    expected = [len(_foreseen(config, source.index(number))) for number in range(len(targets))]
-    num_broken = sum(
-        len(_broken(known[number]["rejected"])) if number in known else count for number, count in enumerate(expected)
-    )
+    budget = _Budget(config, source, share)
+    budget.check()
     encoders = Encoders(config)
     if any(mlperf.EXTENSIONS[0] in index.extensions for index in source.indices):
         _check_form(config, source, encoders)
-    claims, began = Claims(config.out / ".claims"), time.monotonic()
-    left = {number: target for number, target in enumerate(targets) if number not in known}
-    done = source.num_samples - sum(len(source.indices[number]) for number in left)
-    waiting_said = False
+    began = time.monotonic()
+    done = source.num_samples - sum(len(source.indices[number]) for number in share.left)
     with progress("preencode", source.num_samples, "sample", done) as advance:
-        while left:
-            before = len(left)
-            for number, target in list(left.items()):
-                with claims.hold(target.stem) as mine:
-                    if mine and _stats(target, mark) is None:
-                        claims.sweep(config.out, [path.name for path in outputs(target)])
-                        _fetch_next(reader, number, left, claims)
-                        _encode_shard(config, encoders, source, reader, number, target, mark, advance)
-                    elif mine:
-                        advance(len(source.indices[number]))
-                    if mine and (stats := _stats(target, mark)) is not None:
-                        known[number] = stats
-                        del left[number]
-                        num_broken += len(_broken(stats["rejected"])) - expected[number]
-                        if num_broken > config.max_rejected * total:  # all shards are walked through once, to say so
-                            _check_budget(config, source, known)
-            if left and len(left) == before:
-                if not waiting_said:
-                    others = ", ".join(owners(config.out / ".claims"))
-                    say(f"{config.out}: waiting for shards of other workers: {others}")
-                    waiting_said = True
-                time.sleep(_POLL_S)
+
+        def found(number: int) -> None:
+            advance(len(source.indices[number]))
+            budget.count(number)
+
+        share.on_found = found
+        with share.working(), closing(share.turns()) as turns:
+            for number in turns:
+                _fetch_next(reader, number, share.following())
+                stats = _encode_shard(config, encoders, source, reader, number, share, advance)
+                if stats is not None:
+                    share.done(number, stats)
+                    budget.count(number)
     wall = time.monotonic() - began
     if encoders.seconds:
         say(f"{config.out}: {wall:.1f} s, {100 * encoders.seconds / wall:.1f} % of them inside the encoders")
 
 
-def _fetch_next(reader: ShardReader, number: int, left: dict[int, Path], claims: Claims) -> None:
-    """Open shard `number`; while it is encoded, a thread brings the next one that nobody has in hand into the cache."""
+def _fetch_next(reader: ShardReader, number: int, following: int | None) -> None:
+    """Open shard `number`; while it is encoded, a thread brings the next one into the cache."""
     here, cache = reader.indices[number], reader.cache
     if not is_remote(here.url):
         return
     reader.handle(number)
-    held = claims.held()
-    following = next((other for other, target in left.items() if other > number and target.stem not in held), None)
     if following is None or cache is None:
         return
     index = reader.indices[following]
@@ -179,21 +190,47 @@ def _fetch(cache: ShardCache, index: ShardIndex) -> None:
         cache.fetch(index.url, Stat(index.size, index.version))
 
 
-def _check_budget(config: PreencodeConfig, source: ShardSet, known: dict[int, dict[str, Any]]) -> None:
-    """UserError where too many samples are broken, which rejected.jsonl then lists. known: stats of finished shards."""
-    listed: list[dict[str, str]] = []
-    for number, index in enumerate(source.indices):
-        if number in known:
-            listed += known[number]["rejected"]
-        else:
-            listed += [entry(index.name, *rejected) for rejected in _foreseen(config, source.index(number))]
-    broken = _broken(listed)
-    total = source.num_samples + sum(len(index.rejected) for index in source.indices)
-    try:
-        check_budget(broken, total, config.max_rejected)
-    except UserError as error:
-        _write_rejected(config, listed)
-        raise UserError(f"{error}; {config.out / 'rejected.jsonl'} lists them") from None
+class _Budget:
+    """Broken samples of a job: those of finished shards, and what the indices of the others tell before."""
+
+    def __init__(self, config: PreencodeConfig, source: ShardSet, share: Share) -> None:
+        self._config, self._source, self._share = config, source, share
+        left = list(share.left)
+        with ThreadPoolExecutor(_THREADS) as threads:
+            looked = list(threads.map(self._look, left))
+        self._expected = {number: broken for number, (broken, _) in zip(left, looked, strict=True)}
+        self._broken = sum(self._expected.values()) + sum(_broken(one).total() for one in share.finished.values())
+        self._total = sum(total for _, total in looked)
+        self._total += sum(one.samples + one.rejected.total() for one in share.finished.values())
+
+    def count(self, number: int) -> None:
+        """Take in a shard that is finished now. Raises UserError as `check` does."""
+        self._broken += _broken(self._share.finished[number]).total() - self._expected.pop(number)
+        self.check()
+
+    def check(self) -> None:
+        """UserError where too many samples are broken, which rejected.jsonl then lists."""
+        most = self._config.max_rejected
+        if self._broken <= most * self._total:
+            return
+        path, kinds = self._config.out / "rejected.jsonl", Counter[str]()
+        for one in self._share.finished.values():
+            kinds.update(_broken(one))
+        for number in self._share.left:
+            foreseen = _foreseen(self._config, copy(self._source.indices[number]))
+            kinds.update(reason.partition(":")[0] for _, reason in foreseen)
+        _write_rejected(self._config, self._source, self._share)
+        raise UserError(f"{over_budget(kinds, self._total, most)}; {path} lists them")
+
+    def _look(self, number: int) -> tuple[int, int]:
+        """Broken samples, and all, of a shard that is not finished."""
+        index = copy(self._source.indices[number])  # what is read of the copy goes with it
+        return len(_foreseen(self._config, index)), len(index) + len(index.rejected)
+
+
+def _broken(shard: Finished) -> Counter[str]:
+    """Of the samples that were left out, those that are broken, by kind."""
+    return Counter({kind: count for kind, count in shard.rejected.items() if not kind.startswith(_NOT_BROKEN)})
 
 
 def _foreseen(config: PreencodeConfig, index: ShardIndex) -> list[Rejected]:
@@ -209,14 +246,19 @@ def _foreseen(config: PreencodeConfig, index: ShardIndex) -> list[Rejected]:
     return [*index.rejected, *(Rejected(index.key(row), reason) for row, reason in reasons.items() if large[row])]
 
 
-def _broken(listed: list[dict[str, str]]) -> list[Rejected]:
-    """Of the samples that were left out, those that are broken."""
-    return [Rejected(e["key"], e["reason"]) for e in listed if not e["reason"].startswith(_NOT_BROKEN)]
-
-
-def _write_rejected(config: PreencodeConfig, listed: list[dict[str, str]]) -> None:
-    with publish(config.out / "rejected.jsonl") as temporary:
-        temporary.write_text("".join(json.dumps(entry) + "\n" for entry in listed), encoding="utf-8")
+def _write_rejected(config: PreencodeConfig, source: ShardSet, share: Share) -> None:
+    """List what was left out of finished shards, and what is foreseen of the others, in the order of the shards."""
+    listing = [number for number, one in share.finished.items() if one.rejected]
+    listing = sorted([*listing, *share.left])
+    paths = [stats_path(share.targets[number]) for number in listing]
+    with publish(config.out / "rejected.jsonl") as temporary, temporary.open("w", encoding="utf-8") as file:
+        for number, stats in zip(listing, read_all(paths), strict=True):
+            if number in share.finished and stats is not None:
+                entries = stats["rejected"]
+            else:
+                index = copy(source.indices[number])
+                entries = [entry(index.name, *rejected) for rejected in _foreseen(config, index)]
+            file.writelines(json.dumps(one) + "\n" for one in entries)
 
 
 def _check_form(config: PreencodeConfig, source: ShardSet, encoders: Encoders) -> None:
@@ -233,8 +275,20 @@ def _check_form(config: PreencodeConfig, source: ShardSet, encoders: Encoders) -
         raise UserError(f"{redact(config.source)}: MLPerf's samples need {', '.join(odd)}")
 
 
-def mark_of(config: PreencodeConfig, source: ShardSet, encoders: dict[str, str], compute: torch.dtype) -> str:
-    """Fingerprint of all that decides an output byte: the encoders' own, and what they calculate in, among them."""
+def mark_of(
+    config: PreencodeConfig, source: ShardSet, encoders: dict[str, str], compute: torch.dtype, reading: int
+) -> str:
+    """Fingerprint of `settings_of`."""
+    return configuration.fingerprint_of(settings_of(config, source, encoders, compute, reading))
+
+
+def settings_of(
+    config: PreencodeConfig, source: ShardSet, encoders: dict[str, str], compute: torch.dtype, reading: int
+) -> dict[str, Any]:
+    """All that decides an output byte, as JSON: the encoders' fingerprints, and what they calculate in, among them.
+
+    reading: of the version that makes the shards (`stack.data.schema.READING`).
+    """
     free = {"source", "out", "index", "cache", "max_rejected", "decoders", "autoencoder"}
     values = config.model_dump(mode="json", exclude=free)
     values["buckets"] = config.buckets.rule().buckets
@@ -243,41 +297,15 @@ def mark_of(config: PreencodeConfig, source: ShardSet, encoders: dict[str, str],
     values["encoders"] = encoders
     values["source"] = source.fingerprint()
     values["compute"] = str(compute)
-    return configuration.fingerprint_of(values)
+    if reading > 1:  # the first had no number
+        values["reading"] = reading
+    settings: dict[str, Any] = json.loads(json.dumps(values))
+    return settings
 
 
 def encoder_fingerprints(config: PreencodeConfig) -> dict[str, str]:
     """Reads the weights of all encoders."""
     return {"autoencoder": fingerprint(config.autoencoder), **fingerprints(config.text)}
-
-
-def _refuse_other_shards(out: Path, mark: str) -> None:
-    """UserError for a folder whose shards another configuration wrote."""
-    out.mkdir(parents=True, exist_ok=True)
-    for path in sorted(out.glob("*_stats.json")):
-        stats = read_stats(path)
-        if stats is not None and stats.get("mark") != mark:
-            raise UserError(
-                f"{path}: this shard was made from other sources, encoders or settings than this configuration names: "
-                "give `out` a new folder, or remove the old one"
-            )
-
-
-def _stats(target: Path, mark: str) -> dict[str, Any] | None:
-    path = stats_path(target)
-    if not (path.exists() and target.exists()):
-        return None
-    stats = read_stats(path)
-    return stats if stats is not None and stats.get("mark") == mark else None
-
-
-def read_stats(path: Path) -> dict[str, Any] | None:
-    """None for a file that a broken disk left: its shard is done again."""
-    try:
-        stats = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError):
-        return None
-    return stats if isinstance(stats, dict) else None
 
 
 def _encode_shard(
@@ -286,14 +314,14 @@ def _encode_shard(
     source: ShardSet,
     reader: ShardReader,
     number: int,
-    target: Path,
-    mark: str,
+    share: Share,
     advance: Any,
-) -> None:
-    """Write one output shard."""
-    index = source.index(number)
+) -> dict[str, Any] | None:
+    """Write one output shard; its stats, None if another worker took it over meanwhile."""
+    index, target = source.index(number), share.targets[number]
     listed = list(index.rejected)
     counts = [0] * len(encoders.rule.buckets)
+    cut: dict[str, Cut] = {}
     writer = ShardWriter(target, DTYPES[config.dtype], config.t5_dtype)
     samples = read_samples(config, encoders.rule, reader, number)
     try:
@@ -305,29 +333,44 @@ def _encode_shard(
                     raw, sample = outcome
                     writer.add(raw.key, sample, raw.facts)
                     counts[raw.bucket] += 1
+                    cuts.add_sample(cut, raw.key, sample.texts, encoders.text.max_tokens)
             advance(len(outcomes))
         rejected = [entry(index.name, *one) for one in listed]
-        facts = {"mark": mark, "source": index.name, "rejected": rejected, "damage": index.damage, "buckets": counts}
+        facts = {
+            "mark": share.mark,
+            "source": index.name,
+            "rejected": rejected,
+            "damage": index.damage,
+            "buckets": counts,
+            "cut": {name: one.model_dump() for name, one in cut.items()},
+        }
         reader.close()  # else a remote shard that the cache removes to fetch the next one stays on the disk
-        writer.finish(facts)
+        if not share.may_publish(number):
+            writer.abandon()
+            advance(-len(index))
+            say(f"{index.name}: another worker has taken this shard over, as this one did nothing for so long")
+            return None
+        stats = writer.finish({**facts, "buckets": counts})
     except BaseException:
         writer.abandon()
         raise
     for kind, count in Counter(reason.partition(":")[0] for _, reason in listed).items():
         say(f"{index.name}: {count} samples left out: {kind}")
+    return stats
 
 
-def _write_manifest(
-    config: PreencodeConfig, source: ShardSet, targets: Sequence[Path], stats: list[dict[str, Any]]
-) -> Manifest:
-    filled = [s for s in stats if s["samples"]]
+def _write_manifest(config: PreencodeConfig, source: ShardSet, share: Share, reading: int) -> Manifest:
+    stats = [share.finished[number] for number in range(len(share.targets))]
+    cut: dict[str, Cut] = {}
+    for target, one in zip(share.targets, stats, strict=True):
+        cuts.add(cut, one.cut, target.name)
+    filled = [s for s in stats if s.samples]
     if not filled:
         raise UserError(f"{redact(config.source)}: not one sample could be encoded; see {config.out / '*_stats.json'}")
-    positions = sum(s["positions"] for s in filled)
-    mean = np.sum([s["sum"] for s in filled], axis=0) / positions
-    variance = np.sum([s["squares"] for s in filled], axis=0) / positions - mean**2
-    listed = [entry for s in stats for entry in s["rejected"]]
-    _write_rejected(config, listed)
+    positions = sum(s.positions for s in filled)
+    mean = np.sum([s.sum for s in filled], axis=0) / positions
+    variance = np.sum([s.squares for s in filled], axis=0) / positions - mean**2
+    _write_rejected(config, source, share)
     codec = Codec.load(config.autoencoder)
     empty = TextEncoders(config.text).encode([""])[0]
     manifest = Manifest(
@@ -345,10 +388,12 @@ def _write_manifest(
         latent_mean=mean.tolist(),
         latent_std=np.sqrt(variance).tolist(),
         empty_caption=base64.b64encode(to_bytes(text_tensors(empty), DTYPES[config.dtype])).decode(),
-        samples=sum(s["samples"] for s in stats),
-        rejected=len(listed),
+        samples=sum(s.samples for s in stats),
+        rejected=sum(s.rejected.total() for s in stats),
+        reading=reading,
+        cut=cut,
         shards={
-            t.name: ShardRecord(samples=s["samples"], sha256=s["sha256"]) for t, s in zip(targets, stats, strict=True)
+            t.name: ShardRecord(samples=s.samples, sha256=s.sha256) for t, s in zip(share.targets, stats, strict=True)
         },
     )
     with publish(config.out / MANIFEST) as temporary:

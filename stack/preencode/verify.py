@@ -20,9 +20,9 @@ from stack.data.safety import Rejected
 from stack.data.schema import DTYPES, load_manifest, sample_to_bytes
 from stack.data.shards import ShardReader, ShardSet, index_shards
 from stack.log import progress
-from stack.preencode.job import PreencodeConfig, encoder_fingerprints, mark_of, read_stats
+from stack.preencode.job import PreencodeConfig, encoder_fingerprints, mark_of
 from stack.preencode.pipeline import Encoders, Item, Outcome, read_samples
-from stack.preencode.writer import stats_path
+from stack.preencode.stats import read_all, stats_path
 
 _TOKENS = ("t5", "clip_l", "clip_g")  # of which each row is one token
 
@@ -77,7 +77,8 @@ def verify(config: PreencodeConfig, count: int) -> Verified:
     stored = ShardSet(index_shards(config.out))
     manifest.check_shards(str(config.out), {index.name: (len(index), index.sha256) for index in stored.indices})
     noise = max(
-        _NOISE[compute] for compute in (_computed_in(config, source, fingerprints), dist.frozen_dtype(dist.device()))
+        _NOISE[compute]
+        for compute in (_computed_in(config, source, fingerprints, manifest.reading), dist.frozen_dtype(dist.device()))
     )
     count = min(count, stored.num_samples)
     chosen = [(2 * at + 1) * stored.num_samples // (2 * count) for at in range(count)]
@@ -94,10 +95,10 @@ def verify(config: PreencodeConfig, count: int) -> Verified:
     return result
 
 
-def _computed_in(config: PreencodeConfig, source: ShardSet, fingerprints: dict[str, str]) -> torch.dtype:
+def _computed_in(config: PreencodeConfig, source: ShardSet, fingerprints: dict[str, str], reading: int) -> torch.dtype:
     """What the encoders calculated in when the shards were written. Raises UserError for another configuration's."""
-    marks = {mark_of(config, source, fingerprints, compute): compute for compute in _NOISE}
-    stats = [read_stats(stats_path(config.out / index.name)) for index in source.indices]
+    marks = {mark_of(config, source, fingerprints, compute, reading): compute for compute in _NOISE}
+    stats = read_all([stats_path(config.out / index.name) for index in source.indices])
     found = {str(one and one.get("mark")) for one in stats}
     if len(found) > 1 or not found <= set(marks):
         raise UserError(

@@ -19,6 +19,7 @@ from stack.data.index import SUFFIX
 from stack.data.schema import EncodedSample, T5Dtype, sample_to_bytes
 from stack.data.shards import index_shards
 from stack.files import create, is_at, publish, temporary_name
+from stack.preencode.stats import stats_path
 
 
 class ShardWriter:
@@ -47,8 +48,8 @@ class ShardWriter:
         self._sum = self._sum + values.sum(1)
         self._squares = self._squares + (values.square() + variance).sum(1)
 
-    def finish(self, facts: dict[str, Any]) -> None:
-        """Publish tar, index and stats. `facts` go into the stats beside counts, sums over the latent and sha256.
+    def finish(self, facts: dict[str, Any]) -> dict[str, Any]:
+        """Publish tar, index and stats, which are returned: `facts`, counts, sums over the latent, sha256.
 
         Raises UserError where the temporary file is no longer the one that was written.
         """
@@ -76,6 +77,7 @@ class ShardWriter:
         }
         with publish(stats_path(self.path)) as temporary:
             temporary.write_text(json.dumps(stats, sort_keys=True), encoding="utf-8")
+        return stats
 
     def abandon(self) -> None:
         self._partial.unlink(missing_ok=True)
@@ -85,7 +87,3 @@ class ShardWriter:
 def outputs(shard: Path) -> list[Path]:
     """What `ShardWriter.finish` publishes."""
     return [shard, shard.with_name(shard.stem + SUFFIX), stats_path(shard)]
-
-
-def stats_path(shard: Path) -> Path:
-    return shard.with_name(f"{shard.stem}_stats.json")
