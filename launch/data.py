@@ -143,7 +143,8 @@ def lint(shards: str, folder: Path | None, cache: Path | None) -> None:
     shard: key: kind: detail.
 
     Images and captions are decoded; the tensors of pre-encoded samples are held against their manifest. No
-    index is written. The exit code is 1 if there is any problem.
+    index is written. Lines with `not read` are notes: files of no sample, and further images of a sample. The exit
+    code is 1 if there is any problem.
     """
     from stack.data.lint import lint as problems_of
     from stack.data.remote import CacheConfig, ShardCache

@@ -28,7 +28,7 @@ from stack.data import layout, mlperf, png, safety
 from stack.data.images import image_size
 from stack.data.members import MAX_MEMBER, READ, further_images, group
 from stack.data.safety import DecodeError, Rejected, TooLarge
-from stack.data.tar import HEADER_BYTES, NOT_A_TAR, Member, read_headers
+from stack.data.tar import FILE, HEADER_BYTES, NOT_A_TAR, Member, read_headers
 from stack.files import publish
 from stack.shown import redact
 
@@ -346,7 +346,7 @@ def _serialize(
     for name in ("key.bytes", "key.start", "width", "height", "caption_length"):
         identity.update(columns[name].tobytes())
     for extension in sorted(READ & {extension for own in groups.values() for extension in own}):
-        members = [m if (m := own.get(extension)) and m.size <= MAX_MEMBER else None for own in groups.values()]
+        members = [m if (m := own.get(extension)) and _readable(m) else None for own in groups.values()]
         columns[f"offset.{extension}"] = np.array([m.offset // HEADER_BYTES if m else 0 for m in members], np.uint32)
         columns[f"length.{extension}"] = np.array([m.size if m else _ABSENT for m in members], np.uint32)
     rejected = [[safety.cut(key), safety.cut(reason)] for key, reason in facts.pop("rejected")]
@@ -355,6 +355,10 @@ def _serialize(
     counts = [[*size, count] for size, count in sizes.items()] if len(sizes) <= _MAX_SIZES else None
     facts |= {"format": _FORMAT, "identity": identity.hexdigest(), "sizes": counts}
     return _with_facts(save(columns), facts)
+
+
+def _readable(member: Member) -> bool:
+    return member.kind == FILE and member.size <= MAX_MEMBER
 
 
 def _with_facts(data: bytes, facts: dict[str, Any]) -> bytes:
@@ -408,13 +412,15 @@ def _measure(file: BinaryIO, group: dict[str, Member]) -> tuple[int, int, list[i
         raise DecodeError(f"no image: only {others} (a key ends at the first dot of the name)")
     if image.size > safety.max_pixels():
         raise TooLarge(f"{image.size:,} bytes", image.size)
-    content = read(group["txt"], length=safety.MAX_CAPTION + 1) if "txt" in group else b""
-    length, bad_caption = -1, ""
-    if "txt" in group:
+    text, content, length, bad_caption = group.get("txt"), b"", -1, ""
+    if text is not None:
+        content = read(text, length=safety.MAX_CAPTION + 1)
         try:
+            if text.kind != FILE:
+                raise DecodeError(f"caption not a file: {text.name} is a {text.kind}")
             length = len(safety.read_caption(content))
         except DecodeError as error:
-            bad_caption = str(error)
+            bad_caption = safety.cut(str(error))
     width, height = image_size(_header(file, image, read(image, length=12)))
     if image.size > 8 * width * height + _MAX_IMAGE_HEADER:
         raise DecodeError(f"image too large: {image.size:,} bytes for {width}×{height} pixels")

@@ -12,6 +12,7 @@ from stack.data.tar import FILE, FOLDER, Member
 READ = frozenset({*safety.IMAGE_EXTENSIONS, "txt", "json", "safetensors", *mlperf.EXTENSIONS})
 """Extensions of the members that anything here reads."""
 MAX_MEMBER = 2**32 - 2
+"""Bytes of a member that an index can hold."""
 _CONTENT = READ - {"txt", "json"}  # what a sample is made of; text may belong to it
 _OTHER_TYPES = ("avif", "bmp", "gif", "heic", "heif", "jfif", "jp2", "jxl", "ppm", "tif", "tiff")
 _IMAGE_TYPES = frozenset((*safety.IMAGE_EXTENSIONS, *_OTHER_TYPES))
@@ -47,23 +48,28 @@ def group(members: list[Member]) -> Grouped:
         if key not in extensions or (key in strays and not refusal):
             found.strays.append(member.name)
             continue
-        reason = ""
-        if key in found.groups and key != previous:
-            reason = f"interleaved key: {member.name} stands apart from the rest of its sample"
+        apart = key in found.groups and key != previous
         own = found.groups.setdefault(key, {})
-        if member.kind != FILE:
-            reason = reason or f"forbidden member: {member.name} is a {member.kind}"
-        elif refusal:
-            reason = reason or refusal
-        elif extension in own and extension in READ:
-            reason = reason or f"duplicate member: {member.name}"
-        elif extension in _CONTENT and member.size > MAX_MEMBER:
-            reason = reason or f"member too large: {member.name} has {member.size:,} bytes"
+        if apart:
+            reason = f"interleaved key: {member.name} stands apart from the rest of its sample"
+        else:
+            reason = refusal or (_fault(member, extension in own) if extension in _CONTENT else "")
         if reason:
             found.rejected.setdefault(key, reason)
+        if extension in own:  # which of the two is meant concerns those who read it
+            own[extension] = own[extension]._replace(kind="duplicate")
         own.setdefault(extension, member)
         previous = key
     return found
+
+
+def _fault(member: Member, is_repeated: bool) -> str:
+    """What is wrong with a member that a sample is made of, or ""."""
+    if member.kind != FILE:
+        return f"forbidden member: {member.name} is a {member.kind}"
+    if is_repeated:
+        return f"duplicate member: {member.name}"
+    return f"member too large: {member.name} has {member.size:,} bytes" if member.size > MAX_MEMBER else ""
 
 
 def further_images(groups: list[dict[str, Member]]) -> Counter[tuple[str, str]]:

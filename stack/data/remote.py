@@ -87,9 +87,10 @@ def is_compressed(name: str) -> bool:
     return _COMPRESSED.search(name.partition("?")[0] if "://" in name else name) is not None
 
 
-def list_shards(source: str) -> list[str]:
-    """Sorted URLs of the shards that `source` means: the *.tar of a folder's URL, one .tar, or a glob; and of the
-    compressed archives beside them.
+def list_shards(source: str, compressed: bool = False) -> list[str]:
+    """Sorted URLs of the shards that `source` means: the *.tar of a folder's URL, one .tar, or a glob.
+
+    compressed: those of compressed archives, too, which cannot be read.
 
     A folder or glob on a web server needs a page with links. Raises UserError where there is no shard or the package
     of the protocol is missing, PermissionError, and OSError where the store does not answer.
@@ -101,17 +102,20 @@ def list_shards(source: str) -> list[str]:
     is_glob = any(sign in path for sign in magic)
     pattern = path if is_glob else f"{path.rstrip('/')}/*"
 
+    def is_wanted(name: str) -> bool:
+        return name.endswith(".tar") or (compressed and is_compressed(name))
+
     def match() -> list[str]:
         fs, root = _filesystem(pattern)
         return [fs.unstrip_protocol(each["name"]) for each in _glob(fs, root, magic) if each["type"] != "directory"]
 
     try:
-        if (path.endswith(".tar") or is_compressed(path)) and not is_glob:
+        if not is_glob and is_wanted(path):
             stat(source)
             return [source]
         urls = sorted(set(_retry(source, match)))
         if not is_glob:
-            urls = [url for url in urls if url.endswith(".tar") or is_compressed(url)]
+            urls = list(filter(is_wanted, urls))
     except FileNotFoundError:
         raise UserError(f"{shown}: no such folder or shard") from None
     if not urls:

@@ -34,6 +34,8 @@ MAX_CAPTION = 2**16
 """Bytes of a caption. Tokenizers take seconds for more, of which they keep a few hundred."""
 MAX_KEY = 4096
 """Bytes of a sample's key: those of a path on Linux."""
+EMPTY_CAPTION = "empty caption"
+"""What a caption without a visible character is rejected for."""
 MAX_SAID = 300
 
 
@@ -268,7 +270,7 @@ def check_caption(text: str) -> str:
     except ValueError as error:
         raise DecodeError(f"caption not UTF-8: {error}") from None
     if not caption:
-        raise EmptyCaptionError("empty caption")
+        raise EmptyCaptionError(EMPTY_CAPTION)
     return caption
 
 

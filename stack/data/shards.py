@@ -65,7 +65,7 @@ def find(source: str | Path) -> Found:
     text = text.removeprefix("file://")
     found: set[str] = set()
     for pattern in [text] if os.path.exists(text) else _expand_braces(text):
-        found.update(remote.list_shards(pattern) if is_remote(pattern) else _local_shards(pattern))
+        found.update(remote.list_shards(pattern, compressed=True) if is_remote(pattern) else _local_shards(pattern))
     compressed = sorted(filter(is_compressed, found))
     if len(compressed) == len(found):
         raise UserError(f"{redact(text)}: no plain .tar, but {describe_compressed(compressed)}")

@@ -34,7 +34,7 @@ from stack.data.cuts import Cut
 from stack.data.dataset import say_damage
 from stack.data.index import ShardIndex
 from stack.data.remote import CacheConfig, ShardCache, Stat, is_remote
-from stack.data.safety import Rejected, entry, over_budget
+from stack.data.safety import EMPTY_CAPTION, Rejected, entry, over_budget
 from stack.data.schema import (
     DTYPES,
     MANIFEST,
@@ -235,13 +235,15 @@ def _broken(shard: Finished) -> Counter[str]:
 
 def _foreseen(config: PreencodeConfig, index: ShardIndex) -> list[Rejected]:
     """What the index knows already to be broken in a shard. An image that is too small is not: it is left out."""
-    place = next(iter(config.captions.values()))
-    if place != "txt":
-        return index.rejected
-    silent = (index.caption_length[:, 0] < 0) & (np.minimum(index.width, index.height) >= config.min_side)
-    rows = np.flatnonzero(silent).tolist()
-    reasons = index.bad_captions
-    return [*index.rejected, *(Rejected(index.key(row), reasons.get(row) or no_caption(place)) for row in rows)]
+    first, *further = config.captions.values()
+    reasons = dict[int, str]()
+    if first == "txt":
+        silent = np.flatnonzero(index.caption_length[:, 0] < 0).tolist()
+        reasons = dict.fromkeys(silent, no_caption(first)) | index.bad_captions
+    elif "txt" in further:
+        reasons = {row: reason for row, reason in index.bad_captions.items() if not reason.startswith(EMPTY_CAPTION)}
+    large = np.minimum(index.width, index.height) >= config.min_side
+    return [*index.rejected, *(Rejected(index.key(row), reason) for row, reason in reasons.items() if large[row])]
 
 
 def _write_rejected(config: PreencodeConfig, source: ShardSet, share: Share) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import tarfile
 from collections.abc import Callable
@@ -107,7 +108,11 @@ def test_who_reads_json_is_not_concerned(mixed: Path, preencode, tmp_path: Path)
 
 
 def test_a_further_caption_may_be_empty_but_not_broken(mixed: Path, preencode, tmp_path: Path, listed) -> None:
-    done = preencode(mixed, captions={"long": "json.caption", "alt": "txt"}, max_rejected=0.5)
+    captions = {"long": "json.caption", "alt": "txt"}
+    done = preencode(mixed, captions=captions, max_rejected=0.2)
+    assert (done.returncode, "4 of 18 samples are broken (" in done.stderr) == (2, True), done.stderr
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["rejected.jsonl"]  # known before the work
+    done = preencode(mixed, captions=captions, max_rejected=0.5)
     assert (done.returncode, "14 samples, 4 left out" in done.stdout) == (0, True), done.stderr
     assert set(listed(tmp_path / "out" / "rejected.jsonl")) == {"latin", "UTF-16", "long", "binary"}
 
@@ -159,9 +164,23 @@ def test_a_huge_text_is_not_read(tmp_path: Path, pack, sample) -> None:
     assert not index.has(1, "txt")
 
 
-def test_members_of_other_kinds_may_be_doubled(tmp_path: Path, pack, sample) -> None:
-    index = build_index(pack(tmp_path / "x.tar", [*sample("a"), ("a.npy", b"1"), ("a.npy", b"2"), *sample("b")]))
-    assert (index.keys, index.rejected) == (["a", "b"], [])
+def test_members_beside_the_image_may_be_doubled_or_links(tmp_path: Path, pack, sample) -> None:
+    path = pack(tmp_path / "x.tar", [*sample("a"), ("a.npy", b"1"), ("a.npy", b"2"), *sample("b"), ("b.txt", b"two")])
+    with tarfile.open(path, "a") as tar:
+        for key, kinds in (("c", ("png", "json")), ("d", ("png", "txt"))):
+            for kind, data in ((name.partition(".")[2], data) for name, data in sample(key)):
+                info = tarfile.TarInfo(f"{key}.{kind}")
+                info.size = len(data) if kind in kinds else 0
+                info.type, info.linkname = (tarfile.REGTYPE, "") if kind in kinds else (tarfile.SYMTYPE, "/etc/passwd")
+                tar.addfile(info, io.BytesIO(data))
+    index = build_index(path)
+    assert (index.keys, index.rejected) == (["a", "b", "c", "d"], [])
+    assert index.bad_captions == {
+        1: "caption not a file: b.txt is a duplicate",
+        2: "caption not a file: c.txt is a symbolic link",
+    }
+    assert [index.has(row, "txt") for row in range(4)] == [True, False, False, True]
+    assert [index.has(row, "json") for row in range(4)] == [True, True, True, False]
 
 
 # ---- files of no sample
