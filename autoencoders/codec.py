@@ -62,6 +62,8 @@ class Codec(nn.Module):
         from diffusers import AutoencoderKL
 
         folder = folder_of(path)
+        for file in (folder / "config.json", *folder.glob("*.safetensors")):
+            file.open("rb").close()  # the libraries report any error as a missing file
         try:
             vae, info = AutoencoderKL.from_pretrained(
                 folder, torch_dtype=dtype, low_cpu_mem_usage=False, use_safetensors=True, output_loading_info=True

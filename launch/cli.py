@@ -72,13 +72,15 @@ def main() -> None:
     from launch.environment import STOPPED, record_exit, set_defaults
 
     set_defaults()
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        stream.reconfigure(errors="backslashreplace")  # the locale's encoding may be ASCII
     faulthandler.enable()  # a shard that is cut while it is mapped ends the process by SIGBUS: say where it was read
     code = run()
     record_exit(code)
     if code in (0, STOPPED):
         atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        stream.flush()
     os._exit(code)  # the end of the interpreter aborts over a process group's threads, or waits for ranks that are gone
 
 

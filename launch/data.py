@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from launch.arguments import LOCATION, PATH, SEED
+
 if TYPE_CHECKING:
     from stack.data.buckets import BucketRule
 
@@ -19,7 +21,7 @@ def _folders(command: Callable[..., Any]) -> Callable[..., Any]:
         ("--index", "folder", "Folder for the shards' indices; beside the shards if not given."),
         ("--cache", "cache", "Folder for copies of remote shards; in the system's temporary folder if not given."),
     ):
-        command = click.option(name, parameter, type=click.Path(path_type=Path), help=text)(command)
+        command = click.option(name, parameter, type=PATH, help=text)(command)
     return command
 
 
@@ -52,7 +54,7 @@ def command() -> None:
 
 
 @command.command()
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("out", type=PATH)
 @click.argument("overrides", nargs=-1)
 def synth(out: Path, overrides: tuple[str, ...]) -> None:
     """Write shards of drawn scenes with captions into OUT.
@@ -79,7 +81,7 @@ def synth(out: Path, overrides: tuple[str, ...]) -> None:
 
 
 @command.command()
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("out", type=PATH)
 def digits(out: Path) -> None:
     """Write shards of scikit-learn's handwritten digits (8×8 pixels, grey, with labels) into OUT."""
     from stack.data.digits import write_shards
@@ -88,7 +90,7 @@ def digits(out: Path) -> None:
 
 
 @command.command()
-@click.argument("shards")
+@click.argument("shards", type=LOCATION)
 @_folders
 def index(shards: str, folder: Path | None, cache: Path | None) -> None:
     """Index SHARDS (a folder, a .tar, a glob or a URL) and say what is in them.
@@ -103,16 +105,17 @@ def index(shards: str, folder: Path | None, cache: Path | None) -> None:
     with progress("index", len(find_shards(shards)), "shard") as advance:
         indices = index_shards(shards, folder, ShardCache(CacheConfig(dir=cache)), True, lambda done, total: advance(1))
     for found in indices:
-        problems = "".join(f"\n  {printable(f'{r.key}: {r.reason}')}" for r in found.rejected)
-        damage = f"\n  {found.damage}" if found.damage else ""
-        click.echo(
-            f"{printable(redact(found.url))}: {len(found):,} samples, {len(found.rejected)} left out{damage}{problems}"
-        )
+        lines = [found.damage] if found.damage else []
+        lines += found.passed_over
+        lines += [f"{key}: {reason}" for key, reason in found.rejected]
+        lines += [f"{found.key(row)}: {reason} (its image is used)" for row, reason in found.bad_captions.items()]
+        details = "".join(f"\n  {printable(line)}" for line in lines)
+        click.echo(f"{printable(redact(found.url))}: {len(found):,} samples, {len(found.rejected)} left out{details}")
     click.echo(f"{sum(map(len, indices)):,} samples in {len(indices)} shards")
 
 
 @command.command()
-@click.argument("shards")
+@click.argument("shards", type=LOCATION)
 @_buckets
 @click.option("--json", "as_json", is_flag=True, help="Print the same facts as one JSON object.")
 @_folders
@@ -133,7 +136,7 @@ def info(shards: str, as_json: bool, folder: Path | None, cache: Path | None, **
 
 
 @command.command()
-@click.argument("shards")
+@click.argument("shards", type=LOCATION)
 @_folders
 def lint(shards: str, folder: Path | None, cache: Path | None) -> None:
     """Read every member of SHARDS (a folder, a .tar, a glob or a URL) and print what is wrong with them, a line each:
@@ -158,7 +161,7 @@ def lint(shards: str, folder: Path | None, cache: Path | None) -> None:
             advance(1, f"{num_problems:,} problems")
 
         for problem in problems_of(shards, folder, ShardCache(CacheConfig(dir=cache)), report):
-            num_problems += 1
+            num_problems += not problem.is_note
             click.echo(str(problem), file=output)
     found = f"{num_problems:,} problem{'s' * (num_problems != 1)}" if num_problems else "no problem"
     click.echo(f"{found} in {num_samples:,} samples of {num_shards:,} shards, {num_bytes / 1e6:,.1f} MB")
@@ -167,13 +170,15 @@ def lint(shards: str, folder: Path | None, cache: Path | None) -> None:
 
 
 @command.command()
-@click.argument("shards")
-@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="HTML file to write.")
+@click.argument("shards", type=LOCATION)
+@click.option("-o", "--out", required=True, type=PATH, help="HTML file to write.")
 @click.option("--count", type=click.IntRange(min=1), default=24, show_default=True, help="Samples to show.")
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Which samples are shown.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Which samples are shown.")
 @_buckets
-@click.option("--autoencoder", help="Of pre-encoded SHARDS: a folder or hub id, to decode the latents.")
-@click.option("--source", help="Of pre-encoded SHARDS: the raw ones, to show the originals beside the latents.")
+@click.option("--autoencoder", type=LOCATION, help="Of pre-encoded SHARDS: a folder or hub id, to decode the latents.")
+@click.option(
+    "--source", type=LOCATION, help="Of pre-encoded SHARDS: the raw ones, to show the originals beside the latents."
+)
 @_folders
 def preview(
     shards: str,
@@ -200,8 +205,8 @@ def preview(
 
 
 @command.command()
-@click.argument("out", type=click.Path(path_type=Path))
-@click.option("--seed", default=0, show_default=True)
+@click.argument("out", type=PATH)
+@click.option("--seed", type=SEED, default=0, show_default=True)
 def encoders(out: Path, seed: int) -> None:
     """Write small untrained text encoders (t5, clip_l, clip_g) into OUT, for trying things without a download."""
     from stack.text.encoders import write_untrained_encoders

@@ -18,13 +18,19 @@ from typing import Any, NamedTuple
 
 import click
 
+from launch.arguments import LOCATION, PATH
+from launch.budget import CALIBRATION_STEPS, Need, Plan, Time, plan, plan_again, shortfalls, step_time
+
 CONFIGS = Path(os.path.relpath(Path(__file__).parents[1] / "configs"))
 DEFAULT_MINUTES = 19.5
-AUTOENCODER_SHARE = 0.22
-"""Of the time budget."""
+AUTOENCODER_SHARE, AUTOENCODER_MOST = 0.22, 0.5
+"""Of the time budget: what the autoencoder gets, and what it can get for the steps that it needs."""
+NEEDS = {
+    "autoencoder": Need(1000, "its pictures lack colours and edges, and so do all samples"),
+    "train": Need(1000, "the samples show little of their prompts"),
+}
 RESERVE_SECONDS = {"scenes": 60.0, "shards": 30.0}
 """Kept back for what follows training: samples, evaluation, export, report."""
-CALIBRATION_STEPS = 36
 NUM_SCENES = 96
 NUM_PROMPTS = 16
 
@@ -51,8 +57,23 @@ class Demo:
     def __init__(self, out: Path):
         self.out = out
         self.path = out / "stages.json"
-        self.done: dict[str, Any] = json.loads(self.path.read_text(encoding="utf-8")) if self.path.exists() else {}
-        self._chain = ""
+        self.done = self._read()
+        self.chain = ""
+        self.notes: list[str] = []
+        """What a training lacked."""
+
+    def _read(self) -> dict[str, Any]:
+        from stack.config import UserError
+
+        try:
+            done = json.loads(self.path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return {}
+        except (ValueError, RecursionError):
+            done = None
+        if not isinstance(done, dict) or not all(isinstance(record, dict) for record in done.values()):
+            raise UserError(f"{self.path}: damaged; remove it, and all stages are done again")
+        return done
 
     def stage(self, name: str, arguments: list[str], output: Path, content: str = "") -> None:
         """Run `mmdit ARGUMENTS`, which makes `output`, or skip it. Exits with its exit code where it fails.
@@ -60,16 +81,16 @@ class Demo:
         content: what stands in the files that the command reads, beside what earlier stages made.
         """
         command = shlex.join(["mmdit", *arguments])
-        self._chain = self._mark(command, content)
+        self.chain = self._mark(command, content)
         known = self.done.get(name, {})
-        if known.get("chain") != self._chain:
+        if known.get("chain") != self.chain:
             shutil.rmtree(output, ignore_errors=True)
             known = {"seconds": 0.0, "peak_rss_gb": 0.0}
         elif known["finished"]:
             click.echo(f"{name}: finished before, skipped", err=True)
             return
         click.echo(f"{name}: {command}", err=True)
-        self.done[name] = {**known, "chain": self._chain, "command": command, "finished": False}
+        self.done[name] = {**known, "chain": self.chain, "command": command, "finished": False}
         self._save()
         outcome = run(arguments)
         self.done[name] |= {
@@ -80,17 +101,22 @@ class Demo:
         self._save()
         outcome.exit_unless_done()
 
-    def value(self, name: str, content: str, measure: Callable[[], int]) -> int:
-        """A number that is measured once for `content` and kept, so that running again goes on with the same."""
+    def value(self, name: str, content: str, measure: Callable[[], Any]) -> Any:
+        """What is measured once for `content` and kept, so that running again goes on with the same."""
         values = self.done.setdefault("values", {})
         mark = self._mark(name, content)
         if values.get(name, {}).get("mark") != mark:
             values[name] = {"mark": mark, "value": measure()}
             self._save()
-        return int(values[name]["value"])
+        return values[name]["value"]
+
+    def keep(self, name: str, value: Any) -> None:
+        """Put `value` in the place of the one that was measured."""
+        self.done["values"][name]["value"] = value
+        self._save()
 
     def _mark(self, *parts: str) -> str:
-        return hashlib.sha256("\n".join((self._chain, *parts)).encode()).hexdigest()
+        return hashlib.sha256("\n".join((self.chain, *parts)).encode()).hexdigest()
 
     def _save(self) -> None:
         from stack.files import publish
@@ -159,25 +185,58 @@ def peak_memory() -> Iterator[list[float]]:
 
 def seconds_per_step(out: Path, arguments: list[str]) -> float:
     """Time a step takes, from a short run that is thrown away."""
-    import statistics
-
-    from stack.log import read_metrics
-
     scratch = out / "calibration"
     shutil.rmtree(scratch, ignore_errors=True)
-    settings = (f"schedule.steps={CALIBRATION_STEPS}", "log.every=2", "log.wandb=disabled", "snapshot.every=1000000")
+    settings = (f"schedule.steps={CALIBRATION_STEPS}", "log.every=1", "log.wandb=disabled", "snapshot.every=1000000")
     run([*arguments, f"run.dir={scratch}", "checkpoint.every=1000000", *settings]).exit_unless_done()
-    times = [line["step_s"] for line in read_metrics(scratch) if "step_s" in line]
+    measured = _step_time(scratch)
     shutil.rmtree(scratch)
-    return statistics.median(times[len(times) // 3 :])
+    return measured
+
+
+def _step_time(run: Path) -> float:
+    from stack.log import read_metrics
+
+    return step_time([line["step_s"] for line in read_metrics(run) if "step_s" in line])
+
+
+def train(demo: Demo, name: str, arguments: list[str], output: Path, content: str, time: Time) -> None:
+    """A stage that trains for the time that it has: the steps are set by the measured time of a step. Where that was
+    measured on a busy machine and the training ends early, it is done again with more steps.
+
+    content: of the configuration, and what else decides about the steps.
+    """
+    need, key, parent = NEEDS[name], f"{name} plan", demo.chain
+    decides = f"{shlex.join(arguments)}\n{content}"
+    kept = demo.value(key, decides, lambda: (time, plan(time, seconds_per_step(demo.out, arguments), need)))
+    time, chosen = Time(*kept[0]), Plan(*kept[1])  # running again later, the time is as it was
+    while True:
+        for sentence in shortfalls(name, chosen, 0, need):
+            click.echo(sentence, err=True)
+        demo.chain = parent
+        demo.stage(name, [*arguments, f"run.dir={output}", f"schedule.steps={chosen.steps}"], output, content)
+        used = demo.done[name]["seconds"]
+        again = plan_again(chosen, used, time, _step_time(output), need)
+        if again is None:
+            break
+        click.echo(
+            f"{name}: {chosen.steps:,} steps took {used:.0f} of {chosen.seconds:.0f} s: the machine was busy when the "
+            f"time of a step was measured; training again, {again.steps:,} steps",
+            err=True,
+        )
+        chosen = again
+        demo.keep(key, (time, chosen))
+    demo.notes += shortfalls(name, chosen, used, need)
 
 
 @click.command("demo")
-@click.option("--shards", help="Captioned images of your own (folder, .tar or glob) instead of drawn scenes.")
-@click.option("--out", type=click.Path(path_type=Path), default=Path("runs/demo"), show_default=True)
+@click.option(
+    "--shards", type=LOCATION, help="Captioned images of your own (folder, .tar or glob) instead of drawn scenes."
+)
+@click.option("--out", type=PATH, default=Path("runs/demo"), show_default=True)
 @click.option("--minutes", type=click.FloatRange(min=1), help="Time budget that sets the numbers of steps. Default: as"
               f" the configs say, and less where that would take over {DEFAULT_MINUTES:g} minutes.")  # fmt: skip
-@click.option("--prompts", type=click.Path(path_type=Path), help="A text file of prompts to show, one a line; if not"
+@click.option("--prompts", type=PATH, help="A text file of prompts to show, one a line; if not"
               " given, a fixed list, or with --shards captions of theirs.")  # fmt: skip
 @click.option("--ranks", type=click.IntRange(min=1), help="Processes that train the MM-DiT. Default: 2, or one a GPU.")
 def command(shards: str | None, out: Path, minutes: float | None, prompts: Path | None, ranks: int | None) -> None:
@@ -193,6 +252,7 @@ def command(shards: str | None, out: Path, minutes: float | None, prompts: Path 
     from stack.data.shards import index_shards
     from stack.files import publish
     from stack.preencode.job import PreencodeConfig
+    from stack.text.prompts import read
     from stack.train.recipe import TrainConfig
 
     if not CONFIGS.is_dir():
@@ -201,7 +261,7 @@ def command(shards: str | None, out: Path, minutes: float | None, prompts: Path 
     ranks = ranks or min(2, torch.cuda.device_count() or 2)
     kind = "scenes" if shards is None else "shards"
     budget = 60 * (minutes or DEFAULT_MINUTES)
-    shown = _listed(prompts) if prompts else SCENE_PROMPTS if shards is None else []
+    shown = read(prompts) if prompts else SCENE_PROMPTS if shards is None else []
     demo = Demo(out)
     index, source = out / "index", shards or str(out / "shards")
     if shards is None:
@@ -212,22 +272,17 @@ def command(shards: str | None, out: Path, minutes: float | None, prompts: Path 
     def content(schema: type[Config], path: Path) -> str:
         return configuration.dump(configuration.load(schema, path))
 
-    def steps(name: str, arguments: list[str], config: Path, seconds: float) -> str:
-        """Override that sets the number of steps by the time left, at most the configuration's unless --minutes."""
-
-        def measure() -> int:
-            fitting = max(CALIBRATION_STEPS, int(seconds / seconds_per_step(out, arguments)))
-            planned = configuration.load(TrainConfig, config).schedule.steps
-            assert isinstance(planned, int)
-            return fitting if minutes else min(fitting, planned)
-
-        decides = f"{shlex.join(arguments)} in {budget:g} s\n{content(TrainConfig, config)}"
-        return f"schedule.steps={demo.value(f'{name} steps', decides, measure)}"
+    def train_for(share: float, at_most: float, name: str, arguments: list[str], output: Path, path: Path) -> None:
+        """A training of the configuration `path`; of its steps at most, unless --minutes is given."""
+        planned = configuration.load(TrainConfig, path).schedule.steps
+        assert isinstance(planned, int)
+        described = f"in {budget:g} s\n{content(TrainConfig, path)}"
+        train(demo, name, arguments, output, described, Time(share, at_most, None if minutes else planned))
 
     autoencoder, config = out / "autoencoder", CONFIGS / f"autoencoder/demo_{kind}.yaml"
     arguments = ["train", str(config), f"data.source={source}", f"data.index={index}"]
-    chosen = steps("autoencoder", arguments, config, AUTOENCODER_SHARE * budget)
-    demo.stage("autoencoder", [*arguments, f"run.dir={autoencoder}", chosen], autoencoder, content(TrainConfig, config))
+    seconds = AUTOENCODER_SHARE * budget, AUTOENCODER_MOST * budget
+    train_for(*seconds, "autoencoder", arguments, autoencoder, config)
     codec = out / "codec"
     demo.stage("codec", ["export", str(autoencoder), "-o", str(codec), "--replace"], codec)
 
@@ -245,8 +300,7 @@ def command(shards: str | None, out: Path, minutes: float | None, prompts: Path 
     arguments = ["train", str(config), f"data.path={encoded}", f"objective.autoencoder={codec}"]
     arguments += [*(f"objective.text.{name}" for name in names), "--ranks", str(ranks)]
     left = budget - (time.monotonic() - began) - RESERVE_SECONDS[kind]
-    chosen = steps("mmdit", arguments, config, left)
-    demo.stage("train", [*arguments, f"run.dir={model}", chosen], model, content(TrainConfig, config))
+    train_for(left, left, "train", arguments, model, config)
 
     listed, lines = out / "prompts.txt", "\n".join(shown) + "\n"
     with publish(listed) as temporary:
@@ -260,24 +314,16 @@ def command(shards: str | None, out: Path, minutes: float | None, prompts: Path 
     _report(demo, autoencoder, model, ranks)
 
 
-def _listed(prompts: Path) -> list[str]:
-    from stack.config import UserError
-
-    lines = [line.strip() for line in prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
-    if not lines:
-        raise UserError(f"{prompts}: holds no prompt")
-    return lines
-
-
 def _captions(encoded: Path) -> list[str]:
-    """NUM_PROMPTS captions spread over the data set."""
+    """NUM_PROMPTS captions spread over the data set, each in one line."""
     from stack.data.shards import ShardReader, ShardSet, index_shards
 
     shards = ShardSet(index_shards(encoded))
     reader = ShardReader(shards.indices)
     count = min(NUM_PROMPTS, shards.num_samples)
     numbers = [i * shards.num_samples // count for i in range(count)]
-    return [json.loads(reader.read(*shards.locate(number), "json"))["caption"] for number in numbers]
+    captions = [json.loads(reader.read(*shards.locate(number), "json"))["caption"] for number in numbers]
+    return [" ".join(caption.split()) for caption in captions]
 
 
 def _write_config(path: Path, base: Path, prompts: list[str]) -> None:
@@ -305,6 +351,8 @@ def _report(demo: Demo, autoencoder: Path, model: Path, ranks: int) -> None:
     validation = [line["val_loss"] for line in read_metrics(model) if "val_loss" in line]
     stages = {name: record for name, record in demo.done.items() if record.get("finished")}
     seconds = {name: round(record["seconds"], 1) for name, record in stages.items()}
+    plans = {name: Plan(*demo.done["values"][f"{name} plan"]["value"][1]) for name in NEEDS}
+    total = sum(seconds.values()) + sum(chosen.spent for chosen in plans.values())
     names = {"seen_1": "one shape, seen", "heldout_1": "one shape, held out"}
     names |= {"seen_2": "two shapes, seen", "heldout_2": "two shapes, one held out"}
     scenes = {label: result[key] for key, label in names.items() if key in result}
@@ -313,17 +361,21 @@ def _report(demo: Demo, autoencoder: Path, model: Path, ranks: int) -> None:
         "accuracy_heldout": result.get("heldout_1", {}).get("all_right"),
         "val_loss_first": validation[0],
         "val_loss_last": validation[-1],
-        "seconds": {**seconds, "total": round(sum(seconds.values()), 1)},
+        "seconds": {**seconds, "total": round(total, 1)},
         "peak_rss_gb": round(max(record["peak_rss_gb"] for record in stages.values()), 2),
         "ranks": ranks,
         "zero_stage": resolved.parallel.zero_stage,
         "model_parameters": _parameters(model),
         "scenes": scenes,
+        "plans": {name: chosen._asdict() for name, chosen in plans.items()},
+        "notes": demo.notes,
     }
     with publish(demo.out / "summary.json") as temporary:
         temporary.write_text(json.dumps(summary, indent=1), encoding="utf-8")
     commands = {name: record["command"] for name, record in stages.items()}
     report.write(demo.out / "report.html", autoencoder, model, summary, commands)
+    for note in demo.notes:
+        click.echo(note, err=True)
     click.echo(json.dumps({key: value for key, value in summary.items() if key != "scenes"}, indent=1))
     click.echo(f"report: {(demo.out / 'report.html').resolve()}")
 

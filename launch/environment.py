@@ -96,8 +96,10 @@ def _scontrol(*arguments: str) -> str:
         return subprocess.run(
             ["scontrol", *arguments], capture_output=True, text=True, check=True, timeout=60, encoding="utf-8"
         ).stdout
-    except (OSError, subprocess.SubprocessError) as error:
-        raise UserError(f"scontrol does not say where rank 0 is; set RANK, WORLD_SIZE, … yourself ({error})") from None
+    except FileNotFoundError:
+        raise UserError("there is no scontrol to ask where rank 0 is; set RANK, WORLD_SIZE, … yourself") from None
+    except subprocess.SubprocessError as error:
+        raise ConnectionError(f"scontrol does not answer where rank 0 is: {error}") from None
 
 
 def die_with_parent() -> None:

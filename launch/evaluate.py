@@ -7,11 +7,12 @@ from pathlib import Path
 
 import click
 
+from launch.arguments import PATH, SEED
 from launch.sampling import options
 
 
 @click.command("evaluate")
-@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("run", type=PATH)
 @click.argument("overrides", nargs=-1)
 @click.option("--step", type=int, help="Snapshot of this training step; the newest if not given.")
 @click.option("--watch", is_flag=True, help="Evaluate every snapshot as it appears, until the run has finished.")
@@ -30,14 +31,12 @@ from launch.sampling import options
 @click.option("--scenes", default=0, show_default=True, help="Judge so many samples of each kind of drawn scene.")
 @click.option("--samples", default=0, show_default=True, help="Draw so many samples for the held-out captions, or of"
               " all classes.")  # fmt: skip
-@click.option("--inception", type=click.Path(path_type=Path), help="InceptionV3's weights: FID and KID of the samples.")
-@click.option("--reference", type=click.Path(path_type=Path), help="Folder of images to compare with, instead of the"
+@click.option("--inception", type=PATH, help="InceptionV3's weights: FID and KID of the samples.")
+@click.option("--reference", type=PATH, help="Folder of images to compare with, instead of the"
               " held-out ones.")  # fmt: skip
-@click.option(
-    "--clip", type=click.Path(path_type=Path), help="Folder of an open_clip model: CLIP score of the samples."
-)
+@click.option("--clip", type=PATH, help="Folder of an open_clip model: CLIP score of the samples.")
 @options
-@click.option("--seed", default=0, show_default=True)
+@click.option("--seed", type=SEED, default=0, show_default=True)
 @click.option("--batch-size", type=click.IntRange(min=1), default=64, show_default=True)
 def command(
     run: Path,

@@ -8,14 +8,16 @@ from typing import TYPE_CHECKING
 
 import click
 
+from launch.arguments import PATH
+
 if TYPE_CHECKING:
     from stack.export.weights import Target
 
 
 @click.command("export")
-@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("run", type=PATH)
 @click.argument("overrides", nargs=-1)
-@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Folder or .safetensors to write.")
+@click.option("-o", "--out", required=True, type=PATH, help="Folder or .safetensors to write.")
 @click.option(
     "--to",
     "target",

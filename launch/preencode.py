@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from launch.arguments import PATH
+
 if TYPE_CHECKING:
     from stack.preencode.job import PreencodeConfig
 
@@ -14,7 +16,7 @@ _SHOWN = 10  # samples that differ
 
 
 @click.command("preencode")
-@click.argument("config", type=click.Path(path_type=Path))
+@click.argument("config", type=PATH)
 @click.argument("overrides", nargs=-1)
 @click.option("--verify", type=click.IntRange(min=1), metavar="N", help="Encode N finished samples again, and compare.")
 def command(config: Path, overrides: tuple[str, ...], verify: int | None) -> None:

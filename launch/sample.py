@@ -6,24 +6,25 @@ from pathlib import Path
 
 import click
 
+from launch.arguments import PATH, SEED
 from launch.sampling import options
 
 
 @click.command("sample")
-@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("run", type=PATH)
 @click.argument("prompt", required=False)
-@click.option("--prompts", type=click.Path(path_type=Path), help="A text file, one prompt a line: a grid is drawn.")
-@click.option("-o", "--out", type=click.Path(path_type=Path), default=Path("sample.png"), show_default=True)
+@click.option("--prompts", type=PATH, help="A text file, one prompt a line: a grid is drawn.")
+@click.option("-o", "--out", type=PATH, default=Path("sample.png"), show_default=True)
 @click.option(
     "--image",
     "starts",
     multiple=True,
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="Begin with this image, cut to the first bucket, where the run leads from images; several make a grid."
     " PROMPT is then a label for all.",
 )
 @options
-@click.option("--seed", default=0, show_default=True)
+@click.option("--seed", type=SEED, default=0, show_default=True)
 @click.option("--size", help="WIDTHxHEIGHT in pixels.")
 @click.option("--step", type=int, help="Snapshot of this training step; the newest if not given.")
 @click.option("--weak", type=int, help="Step of the snapshot that guidance.autoguidance leads away from.")
@@ -51,36 +52,35 @@ def command(
     from stack.config import UserError, load
     from stack.evaluate.sample import draw_labels, load_sampler
     from stack.files import publish
+    from stack.text.prompts import check, encode, read
     from stack.train import snapshot
+    from stack.train.class_to_image import ClassToImageConfig
     from stack.train.pictures import contact_sheet
     from stack.train.sampler import SamplerConfig
+    from stack.train.text_to_image import PreviewConfig
 
     if (prompts is not None) + bool(starts or prompt is not None) != 1:
         raise UserError("give either a PROMPT, --image FILE, or both, or --prompts FILE")
-    texts = ["0" if prompt is None else prompt] * max(len(starts), 1)  # a run without classes has one label, 0
     if prompts is not None:
-        try:
-            texts = [line.strip() for line in prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
-        except UnicodeDecodeError:
-            raise UserError(f"{prompts}: not a text in UTF-8") from None
-    if not texts:
-        raise UserError(f"{prompts}: holds no prompt")
+        texts = read(prompts)
+    else:
+        texts = ["0" if prompt is None else prompt] * max(len(starts), 1)  # a run without classes has one label, 0
+        check(texts)
     snap, worse = snapshot.read(run, step), None if weak is None else snapshot.read(run, weak)
     if snap.metadata["kind"] == "class_to_image":
         if size is not None:
             raise UserError("--size: images of labels have the size of the training's")
-        if prompt is prompts is None and snap.metadata["objective"]["classes"]:
+        if prompt is prompts is None and snap.part(ClassToImageConfig, "objective").classes:
             raise UserError(f"{run}: knows classes: give a PROMPT, the label of what is drawn")
         images = draw_labels(snap, [_label(text) for text in texts], sampling, seed, worse, starts)
     else:
         if starts:
             raise UserError(f"{run}: draws images from noise and a PROMPT: leave out --image")
         sampler, encoders = load_sampler(snap, dist.device(), worse)
-        values = dict(snap.metadata["sampling"])
-        width, height = _sides(size) or values["size"]
-        del values["size"]
+        width, height = _sides(size) or snap.part(PreviewConfig, "sampling").size
+        values = {key: value for key, value in snap.metadata["sampling"].items() if key != "size"}
         config = load(SamplerConfig, values, sampling)
-        images = sampler.sample(encoders.encode(texts), (width, height), config, range(len(texts)), seed)
+        images = sampler.sample(encode(texts, encoders), (width, height), config, range(len(texts)), seed)
     if prompts is not None or len(images) > 1:
         picture = contact_sheet(images, [start.name for start in starts] or texts)
     else:

@@ -31,10 +31,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
+from launch.arguments import PATH
 from launch.submit import Command, Resources, State, Submitted, states, submit, submitted
 from launch.submit import cancel as cancel_jobs
 from stack import config as configuration
-from stack.config import Config, UserError
+from stack.config import Config, Seed, UserError
 from stack.files import lock, publish
 from stack.shown import printable, redact
 
@@ -103,7 +104,7 @@ class SweepConfig(Config):
     """Dotted key → values to try, or how one is drawn."""
     trials: PositiveInt | None = None
     """So many random draws; every combination of the lists if not given."""
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
     metric: MetricConfig = MetricConfig()
     resources: Resources = Resources()
     """Of each trial's job."""
@@ -461,11 +462,9 @@ def command() -> None:
 
 
 @command.command("run")
-@click.argument("path", metavar="SWEEP.yaml", type=click.Path(path_type=Path))
+@click.argument("path", metavar="SWEEP.yaml", type=PATH)
 @click.argument("overrides", nargs=-1)
-@click.option(
-    "--dir", "folder", type=click.Path(path_type=Path), help="The sweep's folder; runs/sweep/NAME by default."
-)
+@click.option("--dir", "folder", type=PATH, help="The sweep's folder; runs/sweep/NAME by default.")
 @click.option("--cluster", type=click.Choice(["auto", "slurm", "local"]), help="The same as resources.cluster=…")
 @click.option("--watch", is_flag=True, help="Stay until all trials have ended, as it does on this machine anyway.")
 @click.option("--dry-run", is_flag=True, help="Check every trial's configuration and list the trials; submit nothing.")
@@ -494,7 +493,7 @@ def run_command(
         click.echo(f"submitted; mmdit sweep status {folder} --watch shows the trials")
 
 
-_folder = click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+_folder = click.argument("folder", metavar="DIR", type=PATH)
 
 
 @command.command("status")

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import click
 
+from launch.arguments import PATH
+
 
 @click.command("train")
-@click.argument("config", type=click.Path(path_type=Path))
+@click.argument("config", type=PATH)
 @click.argument("overrides", nargs=-1)
 @click.option("--ranks", default=1, show_default=True, help="Processes to start on this machine.")
 @click.option("--dry-run", is_flag=True, help="Check everything, print the resolved configuration, train nothing.")
@@ -49,7 +51,7 @@ def _train(config: Path, overrides: tuple[str, ...], ranks: int, dry_run: bool) 
     if dry_run:
         check(resolved, dist.device())
         check_division(resolved.data.batch_size, ranks, resolved.parallel.accumulate)
-        data, objective = build(resolved, dist.device())
+        data, objective = build(resolved, dist.device(), previews=True)
         count = sum(p.numel() for p in objective.network.parameters())
         click.echo(configuration.dump(resolved))
         click.echo(f"{count:,} parameters, {data.num_samples:,} training samples", err=True)

@@ -11,15 +11,18 @@ import errno
 import hashlib
 import json
 import re
+import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import pydantic
 import yaml
 
+from stack import yaml_text
 from stack.shown import redact, redacted
+from stack.yaml_text import Plain
 
 
 class UserError(ValueError):
@@ -33,21 +36,76 @@ def is_users(error: OSError) -> bool:
     raised unchanged, the command exits with code 1, and the job scripts retry it.
     """
     kinds = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
-    return isinstance(error, kinds) or error.errno in (errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL)
+    return isinstance(error, kinds) or error.errno in (errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL, errno.EROFS)
+
+
+def refusal(error: Exception, message: str) -> Exception:
+    """UserError(message); or the error of the file system that led to `error`, where the user cannot fix it."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.errno is not None and not is_users(cause):
+            return cause
+        cause = cause.__cause__ or cause.__context__
+    return UserError(message)
+
+
+MAX_INT = 2**64
+
+
+def local_path(text: str) -> Path:
+    """The path `text` with its `~` expanded. Raises ValueError for what only a shell expands, and for URLs."""
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:/", text):  # it would be a folder here, with a password in its name
+        raise ValueError("a URL, expected a path on this machine")
+    if not text.strip() or "\0" in text:
+        raise ValueError("expected a path")
+    if found := re.search(r"\$[({]?|`", text):
+        raise ValueError(
+            f"{found[0]!r} is not expanded in a path: write the path itself, or let the shell expand it (outside '…')"
+        )
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise ValueError("no such user: write ./~… for a file whose name begins with ~") from None
+
+
+def location(text: str) -> str:
+    """`text`, a path, glob, brace list, hub id or URL: paths as in `local_path`, others unchanged."""
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:/", text):
+        return text
+    local_path(text)
+    at = r"(?:^|(?<=[{,]))~[^/,}]*" if "{" in text else r"^~[^/]*"  # {~/a,~/b}
+    return re.sub(at, lambda found: str(local_path(found[0])), text)
+
+
+Location = Annotated[str, pydantic.AfterValidator(location)]
+"""A path as text, or what is no path: a glob, a brace list, a hub id, a URL."""
+
+Seed = Annotated[int, pydantic.Field(ge=0, lt=MAX_INT)]
+"""Of random numbers: torch's generators take 64 bits."""
 
 
 class Config(pydantic.BaseModel):
     """Base of all configuration sections: frozen, and an unknown key is an error at every level."""
 
-    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
     @pydantic.field_validator("*")
     @classmethod
-    def _refuse_urls_as_paths(cls, value: Any) -> Any:
-        """s3://bucket/x would be a folder of that name, here, and a password in it part of the name."""
-        if isinstance(value, Path) and re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(value)):
-            raise ValueError("a URL, expected a path on this machine")
-        return value
+    def _check_paths_and_sizes(cls, value: Any) -> Any:
+        return _checked(value)
+
+
+def _checked(value: Any) -> Any:
+    """`value` with its paths checked and expanded; ValueError for a whole number of more than 64 bits."""
+    if isinstance(value, Path):
+        return local_path(str(value))
+    if isinstance(value, int) and abs(value) >= MAX_INT:
+        raise ValueError("expected a number of at most 64 bits")
+    if isinstance(value, dict):
+        return {key: _checked(item) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return type(value)(map(_checked, value))
+    return value
 
 
 C = TypeVar("C", bound=Config)
@@ -56,46 +114,131 @@ C = TypeVar("C", bound=Config)
 def load(schema: type[C], source: str | Path | Mapping[str, Any] | None = None, overrides: Sequence[str] = ()) -> C:
     """Read the file `source` (and those it names under `base:`), or take values, apply `a.b=value` overrides, validate.
 
+    An unquoted value keeps its text where the schema has a text or a path: run.dir=007 is the folder "007".
     Raises UserError naming the file or key, and the nearest known key for an unknown one.
     """
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    merged: Any
     if isinstance(source, str | Path):
-        name, merged = str(source), _read(Path(source).resolve(), ())
+        name, values = str(source), _read(Path(source).resolve(), ())
     else:
-        name, merged = "overrides", OmegaConf.create(dict(source or {}))
+        name, values = "overrides", dict(source or {})
     for override in overrides:
-        key, equals, _ = override.partition("=")
-        if not equals or not key:
-            raise UserError(f"override {redact(override)!r} is not of the form key.subkey=value")
-        try:
-            # A section is replaced by a section key by key, a plain value by a section as a whole.
-            merged = OmegaConf.merge(merged, OmegaConf.from_dotlist([override]))
-        except (OmegaConfBaseException, yaml.YAMLError) as error:
-            raise UserError(redact(f"override {override!r}: {_first_line(error)}")) from None
-    return validate(schema, OmegaConf.to_container(merged, resolve=False), name)
+        values = _merged(values, _override(override))
+    return validate(schema, _read_as(values, [schema]), name)
 
 
-def _read(path: Path, above: tuple[Path, ...]) -> Any:
-    from omegaconf import DictConfig, OmegaConf
+def _override(text: str) -> dict[str, Any]:
+    """`a.b=value` as {a: {b: value}}."""
+    key, equals, value = text.partition("=")
+    parts = key.split(".")
+    if not equals or not all(parts):
+        raise UserError(f"override {redact(text)!r} is not of the form key.subkey=value")
+    read: Any
+    try:
+        read = yaml_text.parse(value)
+    except ValueError as error:
+        shown = text if len(text) <= 200 else f"{text[:200]}…"
+        read = UserError(redact(f"override {shown!r}: {error}"))  # raised unless the key takes a text
+    typed: Any = Plain(value.strip(), _value(read))
+    if not value.strip():
+        typed = None
+    elif isinstance(read, str):  # without quotes, " #" does not begin a comment
+        typed = read if value.lstrip()[0] in "'\"" else value.strip()
+    for part in reversed(parts):
+        typed = {part: typed}
+    return typed
 
+
+def _read(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
     if path in above:
         raise UserError(f"{path}: `base:` goes round in a circle: {' -> '.join(map(str, (*above, path)))}")
     try:
-        own = OmegaConf.load(path)
+        own = yaml_text.read(path)
     except FileNotFoundError:
         raise UserError(f"{path}: no such configuration file") from None
-    except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
-        raise UserError(redact(f"{path}: cannot be read as YAML: {_first_line(error)}")) from None
-    if not isinstance(own, DictConfig):
+    except OSError as error:
+        raise refusal(error, f"{path}: configuration cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise UserError(redact(f"{path}: cannot be read as YAML: {error}")) from None
+    if not isinstance(own, dict):
         raise UserError(f"{path}: expected key: value pairs at the top level")
     bases = own.pop("base", [])
-    merged: Any = OmegaConf.create({})
-    for base in [bases] if isinstance(bases, str) else bases:
-        merged = OmegaConf.merge(merged, _read((path.parent / base).resolve(), (*above, path)))
-    return OmegaConf.merge(merged, own)
+    merged: dict[str, Any] = {}
+    for base in bases if isinstance(bases, list) else [bases]:
+        if not isinstance(base, str | Plain):
+            raise UserError(f"{path}: base: expected the path of a configuration file, or a list of paths")
+        try:
+            file = path.parent / local_path(str(base))
+        except ValueError as error:
+            raise UserError(f"{path}: base: {error} (got {redact(str(base))!r})") from None
+        merged = _merged(merged, _read(file.resolve(), (*above, path)))
+    return _merged(merged, own)
+
+
+def _merged(values: Any, new: Any) -> Any:
+    """Both, the new value where both have one. Sections are merged key by key; all else is replaced as a whole."""
+    if not isinstance(_value(new), dict) or not isinstance(_value(values), dict):
+        return new
+    values, new = _value(values), _value(new)
+    return {**values, **{key: _merged(values.get(key), value) for key, value in new.items()}}
+
+
+def _value(read: Any) -> Any:
+    return read.value if isinstance(read, Plain) else read
+
+
+def _read_as(value: Any, annotations: Sequence[Any]) -> Any:
+    """`value` without `Plain`: the text where `annotations` have a text and not what YAML reads, else that."""
+    leaves = [leaf for annotation in annotations for leaf in _types(annotation)]
+    anything = [Any] if Any in leaves else []
+    if isinstance(value, Plain):
+        if (str in leaves or Path in leaves) and not _takes(leaves, value.value):
+            return value.text
+        if not leaves and isinstance(value.value, Exception):
+            return value.text  # of an unknown key, which is the mistake to name
+        value = value.value
+    if isinstance(value, UserError):
+        raise value
+    if isinstance(value, Exception):
+        raise UserError(redact(" ".join(str(value).split())[:300]))
+    if isinstance(value, str) and not value.strip() and Path in leaves:
+        return None  # Path("") is the current folder
+    if isinstance(value, list):
+        inner = [a for leaf in leaves if typing.get_origin(leaf) in (list, tuple) for a in typing.get_args(leaf)]
+        return [_read_as(item, [*inner, *anything]) for item in value]
+    if isinstance(value, dict):
+        models = [leaf for leaf in leaves if isinstance(leaf, type) and issubclass(leaf, Config)]
+        tagged = [model for model in models if _tag(model) is not None and _tag(model) == value.get("kind")]
+        others = [typing.get_args(leaf)[1] for leaf in leaves if typing.get_origin(leaf) is dict]
+        fields = [model.model_fields for model in tagged or models]
+        return {
+            key: _read_as(item, [*others, *anything, *(known[key].annotation for known in fields if key in known)])
+            for key, item in value.items()
+        }
+    return value
+
+
+def _types(annotation: Any) -> list[Any]:
+    """The types that `annotation` is a union of; of a Literal, those of its values."""
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Annotated:
+        return _types(arguments[0])
+    if origin in (typing.Union, types.UnionType):
+        return [leaf for argument in arguments for leaf in _types(argument)]
+    if origin is typing.Literal:
+        return [type(argument) for argument in arguments]
+    return [annotation]
+
+
+def _takes(leaves: Sequence[Any], value: Any) -> bool:
+    """Whether one of `leaves` is that of `value`, as YAML reads it."""
+    if isinstance(value, dict):  # {a,b}.tar is a brace list, which YAML reads as {a: null, b: null} where it is whole
+        sections = any(typing.get_origin(t) is dict or (isinstance(t, type) and issubclass(t, Config)) for t in leaves)
+        return sections and not (value and all(item is None for item in value.values()))
+    if isinstance(value, list):
+        return any(typing.get_origin(t) in (list, tuple) for t in leaves)
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return int in leaves or float in leaves
+    return type(value) in leaves
 
 
 def validate(schema: type[C], values: Any, source: str) -> C:
@@ -108,7 +251,8 @@ def validate(schema: type[C], values: Any, source: str) -> C:
 
 
 def _explain(schema: type[Config], location: tuple[Any, ...], kind: str, message: str, value: Any) -> str:
-    name = ".".join(str(part) for part in location if not _is_tag(schema, location, part))
+    parts = [str(part) for part in location if not _is_tag(schema, location, part)]
+    name = ".".join(part for part in parts if not re.match(r"(dict|function-\w+)\[", part))  # a union's member
     if kind == "extra_forbidden":
         known = sorted(_known_keys(schema, location[:-1]))
         near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
@@ -154,10 +298,6 @@ def _is_tag(schema: type[Config], location: tuple[Any, ...], part: Any) -> bool:
 
 def _known_keys(schema: type[Config], location: Iterable[Any]) -> set[str]:
     return {key for model in _descend(schema, location) for key in model.model_fields}
-
-
-def _first_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
 
 
 def public(config: Config) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import re
 import secrets
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -43,6 +43,12 @@ def is_at(path: Path, descriptor: int) -> bool:
         return False
 
 
+def probe(path: Path) -> None:
+    """Open `path` for reading and close it. Raises OSError, where a library reports any error as a missing file."""
+    with path.open("rb"):
+        pass
+
+
 def create(path: Path) -> BinaryIO:
     """An empty file at `path`, to write and read, in place of whatever was there: no link is followed."""
     path.unlink(missing_ok=True)
@@ -63,6 +69,18 @@ def publish(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def remove_leftovers(folder: Path, names: Collection[str] | None = None) -> None:
+    """Remove temporary files of `publish` that a killed process left: those of the files `names`, or all.
+
+    Only for whoever alone publishes them. What cannot be removed stays.
+    """
+    for path in folder.glob(".*.tmp"):
+        match = TEMPORARY.fullmatch(path.name)
+        if match and (names is None or match["name"] in names):
+            with suppress(OSError):
+                path.unlink()
+
+
 def copy_model(source: Path, out: Path, stem: str) -> None:
     """config.json and the safetensors called `stem`, one or those that its index names, into the folder `out`."""
     index, names = f"{stem}.safetensors.index.json", ["config.json"]
@@ -77,7 +95,10 @@ def copy_model(source: Path, out: Path, stem: str) -> None:
 
 @contextmanager
 def lock(path: Path) -> Iterator[bool]:
-    """True if this process alone holds `path`; the kernel lets go of it when the process dies."""
+    """True if this process alone holds `path`; the kernel releases it when this process and those it forked are dead.
+
+    The file names its holder, for `is_remainder`.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle = os.open(path, os.O_CREAT | os.O_RDWR, 0o644)
     try:
@@ -86,6 +107,43 @@ def lock(path: Path) -> Iterator[bool]:
         except BlockingIOError:
             yield False
             return
+        with suppress(OSError):  # a full disk
+            os.truncate(handle, 0)
+            os.pwrite(handle, json.dumps({"place": place(), "pid": os.getpid(), "job": _job()}).encode(), 0)
         yield True
     finally:
         os.close(handle)
+
+
+def is_remainder(path: Path) -> bool:
+    """Whether the lock `path` is held by what is left of an earlier life of this job, or of a process that died here.
+
+    Such a holder is about to end: loader processes notice some seconds after their rank that it has died, and Slurm
+    may start a job's next life beside the last one, on a node that it has lost sight of.
+    """
+    try:
+        holder = json.loads(path.read_text(encoding="utf-8"))
+        job, pid = holder["job"], int(holder["pid"])
+        here = holder["place"] == place()
+        if job is not None and job == _job():
+            return not (here and pid == os.getpid())
+        return here and not _lives(pid)
+    except (ValueError, KeyError, TypeError):  # empty, or of another version
+        return False
+
+
+def _job() -> str | None:
+    """The batch job that this process belongs to; the same in each of the job's lives."""
+    for name in ("SLURM_JOB_ID", "SUBMITIT_LOCAL_JOB_ID"):
+        if number := os.environ.get(name):
+            return f"{name}={number}"
+    return None
+
+
+def _lives(pid: int) -> bool:
+    import psutil
+
+    try:
+        return psutil.Process(pid).status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+    except psutil.NoSuchProcess:
+        return False

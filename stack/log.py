@@ -5,17 +5,19 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import Any, Literal
 
 from pydantic import PositiveInt
 
 from stack import dist
 from stack.config import Config
 from stack.files import publish
+from stack.lines import LineFile, read_lines
 from stack.shown import printable, redact
 
 FINISH_S = 60
@@ -124,13 +126,15 @@ class Tracker:
                 )
             # Its hooks would count each import from here on, and fail with it once the service is gone.
             import_hooks.unregister_all_post_import_hooks()
+            self.run_id = self._run.id
             if owner:
                 self._run.define_metric("*", step_metric="step")
                 with publish(run / _WANDB) as temporary:
                     temporary.write_text(json.dumps({"id": self._run.id}), encoding="utf-8")
             else:
                 self._run.define_metric("eval/*", step_metric="eval/step")
-            self.run_id = self._run.id
+        except OSError as error:
+            say(f"{run}: of the wandb run not all is written ({error})" if self._run else f"wandb is off: {error}")
         except Exception as error:
             say(f"wandb is off: {error}")
 
@@ -156,53 +160,71 @@ class Tracker:
 
 
 def _known_id(run: Path) -> str | None:
-    """Of the wandb run that a training in this folder has begun, also one that died before its first checkpoint."""
+    """The id of the wandb run that a training in this folder has begun, even if it ended before its first checkpoint.
+
+    None if there is none, or wandb.json is damaged.
+    """
+    path = run / _WANDB
     try:
-        return str(json.loads((run / _WANDB).read_text(encoding="utf-8"))["id"])
+        found = json.loads(path.read_bytes())["id"]
     except FileNotFoundError:
         return None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        say(f"{path} cannot be read ({error}): without its id, a new wandb run begins")
+        return None
+    if not isinstance(found, str) or not re.fullmatch(r"[\w-]{1,64}", found):
+        say(f"{path}: {found!r} is no id of a wandb run: a new one begins")
+        return None
+    return found
 
 
 class Metrics:
-    """Writes one JSON object a line on rank 0; lines after `resume_step` are those of a lost future and are cut off."""
+    """Writes one JSON object per line on rank 0. Lines after `resume_step`, of a lost future, are cut off.
+
+    An error of the file system ends nothing, see `LineFile`.
+    """
 
     def __init__(self, run: Path, config: LogConfig, resume_step: int, run_id: str | None, values: dict[str, Any]):
         self.path = run / "metrics.jsonl"
         self.run_id = run_id
         self._wants_keys = config.keys
-        self._keys: TextIO | None = None
+        self._files: list[LineFile] = []
         if dist.rank() != 0:
             return
-        self._file = _continued(self.path, resume_step)
-        if config.keys:
-            self._keys = _continued(run / "keys.jsonl", resume_step)
+        names = ("metrics.jsonl", "keys.jsonl") if config.keys else ("metrics.jsonl",)
+        self._files = [LineFile(run / name, resume_step, say) for name in names]
         self._tracker = Tracker(run, config, run_id or _known_id(run), values)
         self.run_id = self._tracker.run_id
+
+    @property
+    def last(self) -> dict[str, Any]:
+        """The last line that was written, in this life or the one before; on rank 0."""
+        return self._files[0].last
 
     def write(self, values: dict[str, Any]) -> None:
         """Append one line; `values` holds "step". What is not finite is written as null."""
         if dist.rank() != 0:
             return
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-        self._file.write(json.dumps(finite) + "\n")
+        self._files[0].append(finite)
         self._tracker.log(values)
 
     def write_keys(self, step: int, keys: list[str]) -> None:
         """The keys of this rank's samples of `step`, where they are wanted. A collective."""
         if self._wants_keys:
             of_ranks = dist.all_gather(keys)
-            if self._keys is not None:
-                self._keys.write(json.dumps({"step": step, "keys": sorted(k for of in of_ranks for k in of)}) + "\n")
+            if self._files:
+                self._files[1].append({"step": step, "keys": sorted(k for of in of_ranks for k in of)})
 
-    def sync(self) -> None:
-        """Bring the lines to the disk: a checkpoint must not be ahead of them."""
-        if dist.rank() == 0:
-            for file in filter(None, (self._file, self._keys)):
-                os.fsync(file.fileno())
+    def sync(self) -> bool:
+        """Bring the lines to the disk: a checkpoint should not be ahead of them. False if some could not be written,
+        which are kept."""
+        stored = [file.sync() for file in self._files]
+        return all(stored)
 
     def close(self) -> None:
         if dist.rank() == 0:
-            for file in filter(None, (self._file, self._keys)):
+            for file in self._files:
                 file.close()
             self._tracker.finish()
 
@@ -220,25 +242,11 @@ def _without_secrets(arguments: list[str]) -> Iterator[None]:
             os.environ["SLURM_JWT"] = token
 
 
-def _continued(path: Path, step: int) -> TextIO:
-    """`path`, to append to, with its lines up to `step`."""
-    kept = [line for line in _read_lines(path) if line["step"] <= step]
-    with publish(path) as temporary:
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-    return path.open("a", buffering=1, encoding="utf-8")
-
-
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """All whole lines of a run's metrics.jsonl (a line cut off by a kill is passed over)."""
-    return _read_lines(run / "metrics.jsonl")
+    """All whole lines of a run's metrics.jsonl. A line that a kill cut off is skipped, and a damaged one."""
+    return list(metrics_of(run))
 
 
-def _read_lines(path: Path) -> list[dict[str, Any]]:
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    parsed = []
-    for line in lines:
-        try:
-            parsed.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return parsed
+def metrics_of(run: Path) -> Iterator[dict[str, Any]]:
+    """As `read_metrics`, one line at a time: a long run has millions."""
+    return read_lines(run / "metrics.jsonl")

@@ -13,9 +13,13 @@ def redact(text: str) -> str:
     'https://***@host/a.tar?*** is gone'
     """
     # A password with a slash or question mark in it breaks the URL, but is one all the same.
-    text = re.sub(r"(?<=://)(?:[^\s/?#]*|[^\s/?#@:]*:(?!\d{0,5}(?:[/?#\s]|$))\S*)@", "***@", text)
+    text = re.sub(rf"({_SCHEME})(?:[^\s/?#]*|[^\s/?#@:]*:(?!\d{{0,5}}(?:[/?#\s]|$))\S*)@", r"\1***@", text)
     # A query may hold any character but white space, so quotes and brackets right behind it are lost with it.
-    return re.sub(r"(://[^\s?]*\?)(?!\*\*\*)\S+?(?=[:;,.]?(?:\s|$))", r"\1***", text)
+    return re.sub(rf"({_SCHEME}[^\s?]*\?)(?!\*\*\*)\S+?(?=[:;,.]?(?:\s|$))", r"\1***", text)
+
+
+_SCHEME = r"(?:://|(?<=[A-Za-z0-9+.-]{2}):/)(?!/)"
+"""How a URL goes on behind its scheme; with one slash where it went through pathlib."""
 
 
 def redacted(values: Any) -> Any:
@@ -37,7 +41,7 @@ def redacted(values: Any) -> Any:
 
 def is_redacted(text: str) -> bool:
     """Whether `text` is a URL of which `redact` has taken something away."""
-    return "://***@" in text or "?***" in text
+    return ":/***@" in text or "://***@" in text or "?***" in text
 
 
 def printable(text: str) -> str:

@@ -123,7 +123,7 @@ class Training:
         inherited = {key: value for key, value in os.environ.items() if key not in (*VARIABLES, "WANDB_SERVICE")}
         self.run = Path(yaml.safe_load(config.read_text(encoding="utf-8"))["run"]["dir"])
         self._metrics = self.run / "metrics.jsonl"
-        self._stale = self._metrics.stat().st_ino if self._metrics.exists() else None  # of the process before
+        self._stale = self._metrics.stat().st_mtime_ns if self._metrics.exists() else None  # of the process before
         self.process = subprocess.Popen(
             [sys.executable, "-m", "launch.cli", "train", str(config), "--ranks", str(ranks)],
             cwd=ROOT,
@@ -143,7 +143,7 @@ class Training:
     def wait_for_step(self, step: int) -> None:
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline and self.process.poll() is None:
-            fresh = self._metrics.exists() and self._metrics.stat().st_ino != self._stale
+            fresh = self._metrics.exists() and self._metrics.stat().st_mtime_ns != self._stale
             if fresh and any(line["step"] >= step for line in read_lines(self._metrics)):
                 return
             time.sleep(0.002)

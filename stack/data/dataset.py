@@ -23,9 +23,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from stack import dist
-from stack.config import Config, UserError
+from stack.config import Config, Location, UserError
 from stack.data import latents, mlperf
 from stack.data.buckets import BucketConfig, BucketRule, unfilled
+from stack.data.identity import DataIdentity
 from stack.data.images import to_pixels
 from stack.data.index import ShardIndex
 from stack.data.partners import Partners
@@ -38,8 +39,13 @@ from stack.log import say
 from stack.shown import printable, redact
 from stack.text.conditioning import TextBatch
 
-Mixture = str | dict[str, PositiveFloat]
+Mixture = Location | dict[Location, PositiveFloat]
 """One data set, or several with their weights."""
+
+
+Accept = Callable[[DataIdentity], None]
+"""Is called with the identity of the data; raises UserError where the data must not be used."""
+_FACTS = {"encoders", "pad", "captions", "scale", "shift", "latent_factor", "empty_caption", "dtype", "t5_dtype"}
 
 
 class DataConfig(Config):
@@ -79,7 +85,7 @@ class ImageData(DataConfig):
     """3: RGB. 1: grey."""
     label: str | None = None
     """Key of KEY.json under which a sample's class stands, an integer from 0; no labels are read if not given."""
-    paired: str | None = None
+    paired: Location | None = None
     """Raw shards with a second image of each sample, of the same key: what a flow from images to images begins with."""
 
 
@@ -177,10 +183,12 @@ class _Table:
 class ShardData(Dataset):
     """Shards with their plan: training samples and a held-out share for validation.
 
-    sides: (width, height) of the buckets, in pixels.
+    sides: (width, height) of the buckets, in pixels.  identity: what the batches are made of.
+    accept: is called with the identity before anything else is done; it may raise UserError.
     """
 
     sides: Sequence[tuple[int, int]]
+    identity: DataIdentity
 
     def __init__(
         self,
@@ -189,13 +197,23 @@ class ShardData(Dataset):
         sources: Mapping[str, float | None],
         caption_weights: Sequence[float],
         check: Callable[[str, ShardSet], None],
+        accept: Accept,
+        paired: str | None = None,
+        facts: Mapping[str, Any] | None = None,
     ):
+        """paired: a source of second images.  facts: what else decides the batches."""
         self.config = config
         self._cache = ShardCache(config.cache)
         sets = {}
         for source in sources:
             sets[source] = ShardSet(index_shards(source, config.index, self._cache))
             check(source, sets[source])
+        self._paired = None if paired is None else ShardSet(index_shards(paired, config.index, self._cache))
+        weights = sources if len(sources) > 1 else dict.fromkeys(sources)
+        parts = [one.part("train", weights[source]) for source, one in sets.items()]
+        parts += [self._paired.part("paired", None)] if self._paired is not None else []
+        self.identity = DataIdentity(parts=parts, facts=dict(facts or {}))
+        accept(self.identity)
         self.shards = ShardSet([index for one in sets.values() for index in one.indices])
         say_damage(self.shards.indices)
         self._refuse_many_rejected()
@@ -239,6 +257,10 @@ class ShardData(Dataset):
     def num_samples(self) -> int:
         """Training samples, an epoch."""
         return self.plan.num_samples
+
+    @property
+    def num_held_out(self) -> int:
+        return len(self._validation)
 
     def unfilled(self) -> list[str]:
         """A sentence on each bucket of which an epoch's training samples do not fill a batch."""
@@ -339,7 +361,7 @@ def weights_of(mixture: Mixture) -> Mapping[str, float | None]:
 class LatentDataset(ShardData):
     """Pre-encoded samples."""
 
-    def __init__(self, config: LatentData, seed: int):
+    def __init__(self, config: LatentData, seed: int, accept: Accept = lambda identity: None):
         sources = weights_of(config.path)
         self.folder = next(iter(sources))
         manifests = {folder: load_manifest(folder) for folder in sources}
@@ -355,7 +377,9 @@ class LatentDataset(ShardData):
         def check(folder: str, shards: ShardSet) -> None:
             manifests[folder].check_shards(folder, {one.name: (len(one), one.sha256) for one in shards.indices})
 
-        super().__init__(config, seed, sources, self._caption_weights(config), check)
+        facts = self.manifest.model_dump(mode="json", include=_FACTS)
+        facts["buckets"] = [list(side) for side in self.sides]
+        super().__init__(config, seed, sources, self._caption_weights(config), check, accept, facts=facts)
 
     def _caption_weights(self, config: LatentData) -> list[float]:
         names = self.manifest.captions
@@ -415,7 +439,14 @@ class ImageDataset(ShardData):
     num_classes: which a label must be below; UserError where one is not.
     """
 
-    def __init__(self, config: ImageData, seed: int, rejected: RejectLog | None = None, num_classes: int | None = None):
+    def __init__(
+        self,
+        config: ImageData,
+        seed: int,
+        rejected: RejectLog | None = None,
+        num_classes: int | None = None,
+        accept: Accept = lambda identity: None,
+    ):
         self._log = rejected or RejectLog()
         self._rule = config.buckets.rule()
         self.sides = self._rule.buckets
@@ -426,12 +457,11 @@ class ImageDataset(ShardData):
             if config.label is not None and not any("json" in index.extensions for index in shards.indices):
                 raise UserError(f"data.label={config.label}: {redact(source)} has no KEY.json, where labels stand")
 
-        super().__init__(config, seed, weights_of(config.source), [1.0], check)
+        super().__init__(config, seed, weights_of(config.source), [1.0], check, accept, config.paired)
         self._partners: Partners | None = None
-        if config.paired is not None:
-            paired = ShardSet(index_shards(config.paired, config.index, self._cache))
-            _check_raw("paired", config.paired, paired)
-            self._partners = Partners(paired, ShardReader(paired.indices, self._cache))
+        if config.paired is not None and self._paired is not None:
+            _check_raw("paired", config.paired, self._paired)
+            self._partners = Partners(self._paired, ShardReader(self._paired.indices, self._cache))
 
     def _refuse_many_rejected(self) -> None:
         try:

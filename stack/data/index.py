@@ -19,25 +19,25 @@ import os
 import zlib
 from collections import Counter
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
 
 import numpy as np
 
 from stack.config import UserError
-from stack.data import layout, mlperf, safety
+from stack.data import layout, mlperf, png, safety
 from stack.data.images import image_size
-from stack.data.safety import DecodeError, Rejected
-from stack.data.tar import FILE, FOLDER, HEADER_BYTES, Member, read_headers
+from stack.data.members import MAX_MEMBER, READ, further_images, group
+from stack.data.safety import DecodeError, Rejected, TooLarge
+from stack.data.tar import HEADER_BYTES, NOT_A_TAR, Member, read_headers
 from stack.files import publish
 from stack.shown import redact
 
 SUFFIX = ".index.safetensors"
-_FORMAT = 4  # of the saved index: raised when its meaning changes
+_FORMAT = 5  # of the saved index: raised when its meaning changes
 _MAX_SIZES = 256  # distinct sizes that are counted in the header; photographs have too many
 _ABSENT = 2**32 - 1  # length of a member that a sample lacks
-_MAX_MEMBER = 2**32 - 2
-_MAX_IMAGE_HEADER = 2**23  # bytes before the pixels, or beside what they take without compression
-_READ = frozenset({*safety.IMAGE_EXTENSIONS, "txt", "json", "safetensors", *mlperf.EXTENSIONS})
+_SHOWN = 10  # names of members that belong to no sample, or kinds of further images, that an index keeps
+_MAX_IMAGE_HEADER = 2**24  # bytes before the pixels, or beside what they take without compression
 _DTYPES: dict[str, np.dtype] = {"U8": np.dtype("u1"), "U32": np.dtype("<u4"), "I32": np.dtype("<i4")}
 
 
@@ -53,11 +53,16 @@ class ShardIndex:
     change in nanoseconds; what a store says, see `stack.data.remote.Stat`).
     width, height: int32 [n]; upright pixels of a raw sample's image, cells of a pre-encoded one's latent.
     caption_length: int32 [n, captions]; characters of a raw sample's caption, text tokens of a pre-encoded one's
-    captions, −1 for a caption that a sample lacks.
+    captions, −1 for a caption that a sample lacks, or that cannot be used.
     by_hash: uint32 [n]; rows by the crc32 of their keys.
     sizes: (width, height) → samples, None if there are too many different ones.
-    digest: sha256 of keys, captions and where the members stand.  sha256: of a pre-encoded shard's file, else "".
-    rejected: the samples left out, and why.  damage: what is wrong with the archive itself, "" if it is whole.
+    digest: sha256 of keys, captions and where the members stand.  sha256: of the shard's file.
+    identity: sha256 of the file's bytes and of what the batch plan takes from them: keys, sizes, caption lengths. Equal
+    shards have the same one, whatever their names, places and times.
+    rejected: the samples left out, and why.  bad_captions: row → what is wrong with its KEY.txt, whose image is usable.
+    damage: what is wrong with the archive itself, "" if it is whole.
+    num_strays, strays: members that belong to no sample, and the first of their names.  further_images: (extension that
+    is read, one beside it that is not, samples), the most frequent first.
 
     Columns are mapped when they are asked for, until `release`. Raises ValueError for a file that is no such index.
     """
@@ -85,12 +90,19 @@ class ShardIndex:
             self.size = int(facts["size"])
             self.version, self.digest = str(facts["version"]), str(facts["digest"])
             self.sha256, self.damage = str(facts["sha256"]), str(facts["damage"])
+            self.identity = str(facts["identity"])
+            self.num_strays, self.strays = int(facts["num_strays"]), list(map(str, facts["strays"]))
+            self.further_images = [(str(read), str(other), int(count)) for read, other, count in facts["further"]]
+            most_kept, least_refused = facts["pixels"]
+            if not most_kept <= safety.max_pixels() < (least_refused or math.inf):
+                raise ValueError("built with another MMDIT_MAX_PIXELS")
             sizes = facts["sizes"]
             self.sizes = None if sizes is None else {(int(w), int(h)): int(count) for w, h, count in sizes}
         except (KeyError, TypeError, IndexError, AttributeError, ValueError, RecursionError) as error:
             where = redact(url) if isinstance(source, bytes) else source
             raise ValueError(f"{where}: not a shard index: {error}") from None
         self._rejected: list[Rejected] | None = None
+        self._bad_captions: dict[int, str] | None = None
         self.extensions = sorted(name[7:] for name in self._columns if name.startswith("length."))
 
     def __len__(self) -> int:
@@ -108,12 +120,29 @@ class ShardIndex:
     @property
     def rejected(self) -> list[Rejected]:
         if self._rejected is None:
-            mapped = self._buffer is not None
-            data = self._column("rejected").tobytes()
-            self._rejected = [Rejected(*pair) for pair in json.loads(data)] if data else []
-            if not mapped:
-                self.release()
+            self._rejected = [Rejected(*pair) for pair in self._listed("rejected")]
         return self._rejected
+
+    @property
+    def bad_captions(self) -> dict[int, str]:
+        if self._bad_captions is None:
+            self._bad_captions = dict(self._listed("bad_captions"))
+        return self._bad_captions
+
+    @property
+    def is_tar(self) -> bool:
+        """Whether the file is a tar, damaged or not, and no compressed one or another kind of file."""
+        return not self.damage.startswith(NOT_A_TAR)
+
+    @property
+    def passed_over(self) -> list[str]:
+        """A line for each kind of member that is never read."""
+        lines = []
+        if self.num_strays:
+            names = ", ".join([*self.strays, *("…" for _ in range(self.num_strays > len(self.strays)))])
+            lines.append(f"not read: files of no sample: {self.num_strays:,} ({names})")
+        further = self.further_images
+        return [*lines, *(f"not read: {count:,} × .{other} beside .{read}" for read, other, count in further)]
 
     @property
     def width(self) -> np.ndarray:
@@ -186,6 +215,14 @@ class ShardIndex:
         facts = json.loads(json.loads(data[8 : layout.header_bytes(data)])["__metadata__"]["index"])
         return ShardIndex(self.url, _with_facts(data, {**facts, "version": version}))
 
+    def _listed(self, name: str) -> list[Any]:
+        """The JSON list in a column."""
+        mapped = self._buffer is not None
+        data = self._column(name).tobytes()
+        if not mapped:
+            self.release()
+        return json.loads(data) if data else []
+
     def _column(self, name: str) -> np.ndarray:
         if name not in self._arrays:
             dtype, shape, start = self._columns[name]
@@ -220,9 +257,10 @@ def _read_columns(entries: dict[str, Any], start: int, size: int) -> dict[str, t
         raise ValueError("cut off")
     (count,) = columns["width"][1]
     shapes = {"key.start": (count + 1,), "caption_length": (count, columns["caption_length"][1][-1])}
-    for name in ("height", "by_hash", "key.bytes", "key.start", "rejected", *columns):
+    texts = ("key.bytes", "rejected", "bad_captions")
+    for name in ("height", "by_hash", "key.start", *texts, *columns):
         shape = columns[name][1]
-        if shape != shapes.get(name, (count,)) and not (name in ("key.bytes", "rejected") and len(shape) == 1):
+        if shape != shapes.get(name, (count,)) and not (name in texts and len(shape) == 1):
             raise ValueError(f"column {name} of shape {list(shape)} for {count} samples")
     return columns
 
@@ -239,34 +277,48 @@ def build_index(path: str | Path, url: str | None = None, version: str | None = 
     """
     with open(path, "rb", buffering=2**20) as file:
         stat = os.fstat(file.fileno())
-        members, damage = read_headers(file, stat.st_size)
-        groups, reasons = _group(members)
-        if damage and groups:
+        members, damage, complete = read_headers(file, stat.st_size)
+        groups, reasons, strays = group(members)
+        if damage and not complete and groups:
             *before, last = groups
             if not before or set(groups[last]) != set(groups[before[-1]]):
                 reasons.setdefault(last, f"incomplete: shard {damage}")
         digest = hashlib.sha256()
         samples: dict[str, tuple[int, int, list[int]]] = {}
-        for key, group in groups.items():
+        bad_captions: dict[int, str] = {}
+        most_kept, least_refused = 0, None  # what MMDIT_MAX_PIXELS has to allow, and must not, for this index to hold
+        for key, own in groups.items():
             if key not in reasons:
                 try:
-                    width, height, lengths, content = _measure(file, group)
+                    width, height, lengths, content, bad_caption = _measure(file, own)
                 except DecodeError as error:
                     reasons[key] = str(error)
+                    if isinstance(error, TooLarge):
+                        least_refused = min(error.needed, least_refused or error.needed)
                     continue
+                if bad_caption:
+                    bad_captions[len(samples)] = bad_caption
+                if (image := _image(own)) is not None:
+                    most_kept = max(most_kept, width * height, image.size)
                 samples[key] = (width, height, lengths)
-                spans = [(extension, member.offset, member.size) for extension, member in sorted(group.items())]
+                spans = [(extension, member.offset, member.size) for extension, member in sorted(own.items())]
                 digest.update(json.dumps([key, spans]).encode() + content)
-        sha256 = _sha256(file) if any("safetensors" in groups[key] for key in samples) else ""
+        sha256 = sha256_of(file)
+    used = {key: groups[key] for key in samples}
+    further = further_images(list(used.values())).most_common(_SHOWN)
     facts = {
         "size": stat.st_size,
         "version": str(stat.st_mtime_ns) if version is None else version,
         "digest": digest.hexdigest(),
         "sha256": sha256,
         "damage": damage,
+        "pixels": [most_kept, least_refused],
         "rejected": list(reasons.items()),
+        "bad_captions": list(bad_captions.items()),
+        "num_strays": len(strays),
+        "strays": list(map(safety.cut, strays[:_SHOWN])),
+        "further": [[read, safety.cut(other), count] for (read, other), count in further],
     }
-    used = {key: groups[key] for key in samples}
     return ShardIndex(str(path) if url is None else url, _serialize(facts, used, samples))
 
 
@@ -290,14 +342,19 @@ def _serialize(
         "caption_length": caption_length,
         "by_hash": np.argsort(hashes, kind="stable").astype(np.uint32),
     }
-    for extension in sorted(_READ & {extension for group in groups.values() for extension in group}):
-        members = [group.get(extension) for group in groups.values()]
+    identity = hashlib.sha256(facts["sha256"].encode())
+    for name in ("key.bytes", "key.start", "width", "height", "caption_length"):
+        identity.update(columns[name].tobytes())
+    for extension in sorted(READ & {extension for own in groups.values() for extension in own}):
+        members = [m if (m := own.get(extension)) and m.size <= MAX_MEMBER else None for own in groups.values()]
         columns[f"offset.{extension}"] = np.array([m.offset // HEADER_BYTES if m else 0 for m in members], np.uint32)
         columns[f"length.{extension}"] = np.array([m.size if m else _ABSENT for m in members], np.uint32)
     rejected = [[safety.cut(key), safety.cut(reason)] for key, reason in facts.pop("rejected")]
-    columns["rejected"] = np.frombuffer(json.dumps(rejected).encode() if rejected else b"", np.uint8)
-    listed = [[*size, count] for size, count in sizes.items()] if len(sizes) <= _MAX_SIZES else None
-    return _with_facts(save(columns), {**facts, "format": _FORMAT, "sizes": listed})
+    for name, listed in (("rejected", rejected), ("bad_captions", facts.pop("bad_captions"))):
+        columns[name] = np.frombuffer(json.dumps(listed).encode() if listed else b"", np.uint8)
+    counts = [[*size, count] for size, count in sizes.items()] if len(sizes) <= _MAX_SIZES else None
+    facts |= {"format": _FORMAT, "identity": identity.hexdigest(), "sizes": counts}
+    return _with_facts(save(columns), facts)
 
 
 def _with_facts(data: bytes, facts: dict[str, Any]) -> bytes:
@@ -317,7 +374,7 @@ def _check_sum(entries: dict[str, Any], facts: dict[str, Any]) -> int:
     return zlib.crc32(json.dumps([entries, facts], sort_keys=True).encode())
 
 
-def _sha256(file: BinaryIO) -> str:
+def sha256_of(file: BinaryIO) -> str:
     file.seek(0)
     digest = hashlib.sha256()
     while piece := file.read(2**22):
@@ -325,34 +382,9 @@ def _sha256(file: BinaryIO) -> str:
     return digest.hexdigest()
 
 
-def _group(members: list[Member]) -> tuple[dict[str, dict[str, Member]], dict[str, str]]:
-    """key → extension → member, and key → reason for the keys that must not be used."""
-    groups: dict[str, dict[str, Member]] = {}
-    reasons: dict[str, str] = {}
-    previous = None
-    for member in members:
-        key, extension = safety.split_name(member.name)
-        if member.kind == FOLDER or not extension or key.endswith("/") or not key:
-            continue  # no sample's: a folder, a README, a hidden file
-        if key in groups and key != previous:
-            reasons.setdefault(key, f"interleaved key: {member.name} stands apart from the rest of its sample")
-        group = groups.setdefault(key, {})
-        if member.kind != FILE:
-            reasons.setdefault(key, f"forbidden member: {member.name} is a {member.kind}")
-        elif refusal := safety.refuse_name(member.name):
-            reasons.setdefault(key, refusal)
-        elif extension in group:
-            reasons.setdefault(key, f"duplicate member: {member.name}")
-        elif member.size > _MAX_MEMBER:
-            reasons.setdefault(key, f"member too large: {member.name} has {member.size:,} bytes")
-        group.setdefault(extension, member)
-        previous = key
-    return groups, reasons
-
-
-def _measure(file: BinaryIO, group: dict[str, Member]) -> tuple[int, int, list[int], bytes]:
-    """(width, height, caption lengths) of one sample as `ShardIndex` tells them, and what of its content its digest
-    covers. Raises DecodeError."""
+def _measure(file: BinaryIO, group: dict[str, Member]) -> tuple[int, int, list[int], bytes, str]:
+    """(width, height, caption lengths) of one sample as `ShardIndex` tells them, what of its content its digest covers,
+    and what is wrong with its KEY.txt, which only those who read it are concerned with. Raises DecodeError."""
 
     def read(member: Member, start: int = 0, length: int | None = None) -> bytes:
         file.seek(member.offset + start)
@@ -366,28 +398,41 @@ def _measure(file: BinaryIO, group: dict[str, Member]) -> tuple[int, int, list[i
             raise DecodeError(
                 f"safetensors not readable: header tells of {found.size} bytes, the member has {encoded.size}"
             )
-        return *found.latent, found.caption_lengths, header
+        return *found.latent, found.caption_lengths, header, ""
     if any(extension in group for extension in mlperf.EXTENSIONS):
         side = mlperf.FACTOR * mlperf.measure({extension: member.size for extension, member in group.items()})
-        return side, side, [mlperf.TOKENS], b""
-    image = next((group[extension] for extension in safety.IMAGE_EXTENSIONS if extension in group), None)
+        return side, side, [mlperf.TOKENS], b"", ""
+    image = _image(group)
     if image is None:
         others = ", ".join(f".{extension}" for extension in sorted(group))
         raise DecodeError(f"no image: only {others} (a key ends at the first dot of the name)")
-    if image.size > safety.MAX_IMAGE:
-        raise DecodeError(f"image too large: {image.size:,} bytes")
+    if image.size > safety.max_pixels():
+        raise TooLarge(f"{image.size:,} bytes", image.size)
     content = read(group["txt"], length=safety.MAX_CAPTION + 1) if "txt" in group else b""
-    length = len(safety.read_caption(content)) if "txt" in group else -1
-    # Through a window: Pillow reads no further than the header, and the pixels are most of a shard.
-    width, height = image_size(io.BufferedReader(_Window(file, image, _most_of_header(read(image, length=12))), 2**14))
+    length, bad_caption = -1, ""
+    if "txt" in group:
+        try:
+            length = len(safety.read_caption(content))
+        except DecodeError as error:
+            bad_caption = str(error)
+    width, height = image_size(_header(file, image, read(image, length=12)))
     if image.size > 8 * width * height + _MAX_IMAGE_HEADER:
         raise DecodeError(f"image too large: {image.size:,} bytes for {width}×{height} pixels")
-    return width, height, [length], content
+    return width, height, [length], content, bad_caption
 
 
-def _most_of_header(magic: bytes) -> int:
-    """Bytes that Pillow may read of an image before its pixels: of a WebP it reads everything."""
-    return safety.MAX_IMAGE if magic[:4] == b"RIFF" and magic[8:] == b"WEBP" else _MAX_IMAGE_HEADER
+def _image(group: dict[str, Member]) -> Member | None:
+    """The member that is read as a sample's image."""
+    return next((group[extension] for extension in safety.IMAGE_EXTENSIONS if extension in group), None)
+
+
+def _header(file: BinaryIO, image: Member, magic: bytes) -> IO[bytes]:
+    """An image without what is most of a shard, its pixels. Of a WebP Pillow reads all; of a PNG little is read beside
+    the heads of its chunks, between which a buffer would be filled in vain."""
+    if magic.startswith(png.MAGIC):
+        return _Window(file, image, _MAX_IMAGE_HEADER)  # type: ignore[return-value]
+    is_webp = magic[:4] == b"RIFF" and magic[8:] == b"WEBP"
+    return io.BufferedReader(_Window(file, image, image.size if is_webp else _MAX_IMAGE_HEADER), 2**14)
 
 
 class _Window(io.RawIOBase):

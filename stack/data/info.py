@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 
 from stack.config import UserError
-from stack.data import mlperf
+from stack.data import cuts, mlperf
 from stack.data.buckets import BucketRule, histogram
+from stack.data.cuts import Cut
 from stack.data.index import without_query
 from stack.data.remote import ShardCache
 from stack.data.schema import MANIFEST, Manifest, load_manifest
@@ -45,13 +46,20 @@ def describe(
     if manifest is not None and rule is not None:
         raise UserError(f"{redact(str(source))}: pre-encoded shards have the buckets of their {MANIFEST}: name none")
     rejected = Counter(broken.reason.partition(":")[0] for index in indices for broken in index.rejected)
+    bad_captions = Counter(why.partition(":")[0] for index in indices for why in index.bad_captions.values())
+    further = Counter[tuple[str, str]]()
+    for index in indices:
+        further.update({(read, other): count for read, other, count in index.further_images})
     facts: dict[str, Any] = {
         "source": redact(str(source)),
         "shards": len(indices),
         "samples": len(shards),
         "bytes": sum(index.size for index in indices),
         "rejected": dict(rejected.most_common()),
+        "bad_captions": dict(bad_captions.most_common()),
         "damaged": {index.name: index.damage for index in indices if index.damage},
+        "strays": sum(index.num_strays for index in indices),
+        "further_images": [[read, other, count] for (read, other), count in further.most_common()],
         "samples_per_shard": _summary(Counter(map(len, indices))),
         "bytes_per_sample": sum(index.size for index in indices) / max(1, len(shards)),
     }
@@ -176,6 +184,7 @@ def _manifest(manifest: Manifest) -> dict[str, Any]:
         "source": manifest.source[:_SHOWN_DIGITS],
         "encoders": {name: digest[:_SHOWN_DIGITS] for name, digest in manifest.encoders.items()},
         **{name: getattr(manifest, name) for name in (*text, *latent)},
+        "cut": {name: cut.model_dump() for name, cut in manifest.cut.items()},
     }
 
 
@@ -194,7 +203,11 @@ def render(facts: dict[str, Any]) -> str:
     for extension, member in facts["members"].items():
         lines.append(f".{extension}: {member['samples']:,} samples, {_bytes(member['mean_bytes'])} each in the mean")
     lines += [f"left out: {count:,} × {kind}" for kind, count in facts["rejected"].items()]
+    lines += [f"caption not usable: {count:,} × {kind}" for kind, count in facts["bad_captions"].items()]
     lines += [f"{name}: damaged archive: {damage}" for name, damage in facts["damaged"].items()]
+    if facts["strays"]:
+        lines.append(f"not read: files of no sample: {facts['strays']:,}")
+    lines += [f"not read: {count:,} × .{other} beside .{read}" for read, other, count in facts["further_images"]]
     if encoded:
         lines += ["", *_manifest_lines(facts["manifest"])]
     elif facts["width"]:
@@ -225,6 +238,7 @@ def _manifest_lines(facts: dict[str, Any]) -> list[str]:
         f"of the manifest, {facts['rejected']:,} left out",
         f"text: pad {facts['pad']}, at most {facts['t5_max_tokens']} tokens of T5, {clip} CLIP's tokens; pooled vector "
         f"{pooled}",
+        *cuts.lines({name: Cut(**cut) for name, cut in facts["cut"].items()}),
         f"latent: {latent}, scale {facts['scale']:.6g}, shift {facts['shift']:.6g}",
         f"  mean a channel: {' '.join(f'{value:.3g}' for value in facts['latent_mean'])}",
         f"  standard deviation: {' '.join(f'{value:.3g}' for value in facts['latent_std'])}",

@@ -21,13 +21,13 @@ import numpy as np
 
 from stack.config import UserError
 from stack.data import layout, mlperf, remote
-from stack.data.images import decode_image
+from stack.data.images import decode_image, unused_metadata
 from stack.data.index import ShardIndex, build_index, without_query
 from stack.data.layout import Slot
 from stack.data.remote import ShardCache, is_remote
 from stack.data.safety import IMAGE_EXTENSIONS, MAX_TEXT, DecodeError, open_image, read_caption
 from stack.data.schema import MANIFEST, Manifest, ShardRecord, load_manifest, text_tensors
-from stack.data.shards import ShardReader, find_shards, stored_index
+from stack.data.shards import ShardReader, find, stored_index
 from stack.shown import printable, redact
 from stack.text.encoders import CLIP_TOKENS
 
@@ -49,15 +49,16 @@ class Problem(NamedTuple):
     """One thing that is wrong; as text `shard: key: kind: detail`, in one line.
 
     shard: path or URL of the shard, or of the file or folder that is concerned.  key: "" where it is no sample's.
-    reason: `kind` or `kind: detail`.
+    reason: `kind` or `kind: detail`.  is_note: it may be intended, as a README in a shard.
     """
 
     shard: str
     key: str
     reason: str
+    is_note: bool = False
 
     def __str__(self) -> str:
-        return ": ".join(printable(part) for part in self if part)
+        return ": ".join(printable(part) for part in self[:3] if part)
 
 
 def lint(
@@ -66,7 +67,7 @@ def lint(
     cache: ShardCache | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[Problem]:
-    """Everything that is wrong with the shards of `source` (see `find_shards`): those of a shard together, in order,
+    """Everything that is wrong with the shards of `source` (see `find`): those of a shard together, in order,
     then what concerns the whole set.
 
     folder: where the shards' indices are kept, if not beside them.  progress: called with (samples, bytes) after each
@@ -75,7 +76,7 @@ def lint(
 
     Raises UserError where there is no shard, and where a shard changes while it is read.
     """
-    urls = find_shards(source)
+    urls, compressed = find(source)
     sets = {parent: _EncodedSet(parent) for parent in dict.fromkeys(map(_parent, urls))}
     tasks = [sets[_parent(url)].task(url, folder, cache) for url in urls]
     hashes, captioned = [], {}
@@ -90,6 +91,8 @@ def lint(
         silent = [url for url, found in captioned.items() if found is False]
         yield from (Problem(redact(url), "", "no captions: other shards have them") for url in silent)
     yield from _duplicates(urls, hashes, cache)
+    for url in compressed:
+        yield Problem(redact(url), "", "compressed archive: it is not read; unpack it to a plain .tar")
     named = str(source).removeprefix("file://").rstrip("/") or "/"
     for parent, one in sets.items():
         yield from one.problems(whole=parent == named)
@@ -149,6 +152,7 @@ def _lint_shard(task: _Task) -> _Report:
         reasons += [(index.key(row), reason) for reason in _sample(index, row, reader, task.contract)]
     reader.close()
     problems = [Problem(where, key, reason) for key, reason in reasons]
+    problems += [Problem(where, "", what, is_note=True) for what in index.passed_over]
     captioned = "txt" in index.extensions if len(index) and set(IMAGE_EXTENSIONS) & set(index.extensions) else None
     return _Report(problems, index.size, index.encoded, _hashes(index.keys), captioned)
 
@@ -199,9 +203,9 @@ def _sample(index: ShardIndex, row: int, reader: ShardReader, contract: _Contrac
             except OSError as error:
                 yield f"member not readable: .{extension}: {error.strerror}"
                 return
-    for extension in IMAGE_EXTENSIONS:
-        if extension in members:
-            yield from _image(members[extension], extension)
+    image = next((extension for extension in IMAGE_EXTENSIONS if extension in members), None)
+    if image is not None:  # further ones are never read
+        yield from _image(members[image], image)
     if "txt" in members:
         try:
             read_caption(members["txt"])
@@ -240,6 +244,7 @@ def _image(data: bytes, extension: str) -> Iterator[str]:
         if held not in _FORMATS[extension]:
             yield f"extension: .{extension} holds {held}"
         decode_image(data)
+        yield from unused_metadata(data)
     except DecodeError as error:
         yield str(error)
 

@@ -23,7 +23,7 @@ from stack.data.images import decode_image, to_bucket
 from stack.data.info import encoded_folder
 from stack.data.latents import read
 from stack.data.remote import ShardCache
-from stack.data.safety import DecodeError, read_caption
+from stack.data.safety import DecodeError
 from stack.data.schema import MANIFEST, Manifest, load_manifest
 from stack.data.shards import ShardReader, ShardSet, index_shards
 from stack.files import publish
@@ -87,7 +87,6 @@ def raw_cards(shards: ShardSet, cache: ShardCache, rule: BucketRule, ids: Sequen
         card = Card(index.key(row), index.name)
         try:
             image = _image(reader, shard, row)
-            caption = read_caption(reader.read(shard, row, "txt")) if index.has(row, "txt") else None
         except DecodeError as error:
             card.problem = str(error)
             yield card
@@ -100,8 +99,11 @@ def raw_cards(shards: ShardSet, cache: ShardCache, rule: BucketRule, ids: Sequen
             _picture("original", image, frame),
             _picture("as trained", Image.fromarray(to_bucket(image, bucket))),
         ]
-        if caption is not None:
-            card.captions = [Caption("txt", caption, f"{len(caption):,} characters")]
+        try:
+            if (caption := reader.caption(shard, row)) is not None:
+                card.captions = [Caption("txt", caption, f"{len(caption):,} characters")]
+        except DecodeError as error:
+            card.problem = str(error)
         kept = f"{100 * bucket[0] * bucket[1] / (resized[0] * resized[1]):.0f} %"
         card.facts = {**_sides(bucket, (left, top), image.size), "resized to": _by(*resized), "kept": kept}
         yield card

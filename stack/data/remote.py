@@ -29,7 +29,7 @@ from fsspec.config import apply_config
 from pydantic import Field
 from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
 
-from stack.config import Config, UserError
+from stack.config import Config, UserError, refusal
 from stack.data.safety import check_source
 from stack.files import is_at
 from stack.log import say
@@ -53,6 +53,9 @@ _PACKAGES = {
 }
 _ENTRY = re.compile(r"[0-9a-f]{32}-.+")  # names of a cache's files: nothing else in its folder is ever removed
 _PARTIAL = re.compile(r"\.[0-9a-f]{32}-.+\.part")
+_COMPRESSED = re.compile(
+    r"\.(tar\.(gz|bz2|xz|zst|zstd|lz4?|lzma|br|z|7z)|tgz|taz|tbz2?|txz|tlz|tzst|zip|7z|rar)$", re.IGNORECASE
+)
 
 T = TypeVar("T")
 
@@ -79,8 +82,14 @@ def is_remote(source: str) -> bool:
     return re.match(r"(?!(file|local)://)[A-Za-z][A-Za-z0-9+.-]*://", source) is not None
 
 
+def is_compressed(name: str) -> bool:
+    """Whether a file's name, path or URL is that of a compressed archive."""
+    return _COMPRESSED.search(name.partition("?")[0] if "://" in name else name) is not None
+
+
 def list_shards(source: str) -> list[str]:
-    """Sorted URLs of the shards that `source` means: the *.tar of a folder's URL, one .tar, or a glob.
+    """Sorted URLs of the shards that `source` means: the *.tar of a folder's URL, one .tar, or a glob; and of the
+    compressed archives beside them.
 
     A folder or glob on a web server needs a page with links. Raises UserError where there is no shard or the package
     of the protocol is missing, PermissionError, and OSError where the store does not answer.
@@ -90,17 +99,19 @@ def list_shards(source: str) -> list[str]:
     path = source.partition("?")[0] if on_web else source
     magic = "*[" if on_web else "*[?"
     is_glob = any(sign in path for sign in magic)
-    pattern = path if is_glob else f"{path.rstrip('/')}/*.tar"
+    pattern = path if is_glob else f"{path.rstrip('/')}/*"
 
     def match() -> list[str]:
         fs, root = _filesystem(pattern)
         return [fs.unstrip_protocol(each["name"]) for each in _glob(fs, root, magic) if each["type"] != "directory"]
 
     try:
-        if path.endswith(".tar") and not is_glob:
+        if (path.endswith(".tar") or is_compressed(path)) and not is_glob:
             stat(source)
             return [source]
         urls = sorted(set(_retry(source, match)))
+        if not is_glob:
+            urls = [url for url in urls if url.endswith(".tar") or is_compressed(url)]
     except FileNotFoundError:
         raise UserError(f"{shown}: no such folder or shard") from None
     if not urls:
@@ -448,7 +459,8 @@ class ShardCache:
         except OSError as error:
             if error.errno is None:
                 raise  # the store's, not this machine's
-            raise UserError(f"{self.dir}: shards cannot be cached here ({error.strerror}); name another dir") from None
+            message = f"{self.dir}: shards cannot be cached here ({error.strerror}); name another dir"
+            raise refusal(error, message) from None
 
     def _entry(self, url: str, expected: Stat) -> Path:
         digest = hashlib.sha256(f"{url}\n{expected.version}".encode()).hexdigest()[:32]

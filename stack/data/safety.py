@@ -6,34 +6,51 @@ loaded (a pickle, a Python module) makes its whole sample refused.
 
 from __future__ import annotations
 
+import codecs
 import io
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Collection
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, NamedTuple
 
 from PIL import Image
 
 from stack.config import UserError
+from stack.data import png
 from stack.shown import is_redacted, redact
+from stack.text.clean import legible
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 FORBIDDEN_EXTENSIONS = frozenset({"pyd", "pkl", "pickle", "pth", "pt"})
 MAX_PIXELS = 64 * 2**20
-MAX_IMAGE = 64 * 2**20
-"""Bytes of an image file, which is read whole."""
+"""Pixels of an image, and bytes of its file, which is read whole; the environment's MMDIT_MAX_PIXELS replaces it."""
 MAX_TEXT = 2**20
 """Bytes of a JSON member that is read."""
 MAX_CAPTION = 2**16
 """Bytes of a caption. Tokenizers take seconds for more, of which they keep a few hundred."""
+MAX_KEY = 4096
+"""Bytes of a sample's key: those of a path on Linux."""
 MAX_SAID = 300
-_IMAGE_FORMATS = ("JPEG", "PNG", "WEBP")
 
 
 class DecodeError(ValueError):
     """The bytes of a member are not what its extension says, or are broken, or are larger than allowed."""
+
+
+class EmptyCaptionError(DecodeError):
+    """There is no caption, or no visible character in it."""
+
+
+class TooLarge(DecodeError):
+    """An image above `max_pixels`, which would have to be `needed`."""
+
+    def __init__(self, problem: str, needed: int) -> None:
+        super().__init__(f"image too large: {problem} (MMDIT_MAX_PIXELS is {max_pixels():,})")
+        self.needed = needed
 
 
 class Rejected(NamedTuple):
@@ -44,8 +61,9 @@ class Rejected(NamedTuple):
 
 
 def cut(text: str) -> str:
-    """`text` as far as it is kept of a rejected sample's key and reason: a name in an archive may have megabytes."""
-    return text if len(text) <= MAX_SAID else text[: MAX_SAID - 1] + "…"
+    """`text` as far as it is kept of a rejected sample's key and reason: a name in an archive may have megabytes. Long
+    keys often begin alike, so of both ends half is kept."""
+    return text if len(text) <= MAX_SAID else f"{text[: MAX_SAID // 2]}…{text[1 - MAX_SAID // 2 :]}"
 
 
 def entry(shard: str, key: str, reason: str) -> dict[str, str]:
@@ -79,6 +97,8 @@ class RejectLog:
     def __init__(self, path: Path | None = None) -> None:
         self.path = path
         self._broken: dict[tuple[str, str], Rejected] = {}
+        self._unwritten: list[str] = []
+        """Lines that could not be written yet."""
         self._read = 0
         """Bytes of the file."""
 
@@ -94,17 +114,33 @@ class RejectLog:
             self.read()
         if (shard, line["key"]) in self._broken:
             return False
-        if self.path is None:
-            self._note(line)
-        else:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+        self._note(line)
+        if self.path is not None:
+            self._write(self.path, json.dumps(line) + "\n")
             self.read()  # of processes that add at the same time, the last one knows of all
         return True
 
+    def _write(self, path: Path, line: str) -> None:
+        """Append the line, after those that could not be written before. An error of the file system ends nothing."""
+        from stack.log import say
+
+        after_error = "\n" if self._unwritten else ""  # part of a line may be there
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("a", encoding="utf-8") as file:
+                file.write(after_error + "".join([*self._unwritten, line]))
+            self._unwritten.clear()
+        except OSError as error:
+            if not self._unwritten:
+                say(f"{path} cannot be written ({error}): its lines are kept and written later")
+            self._unwritten.append(line)
+
     def read(self) -> None:
-        """Take in what was added to the file since."""
+        """Take in what was added to the file since. Nothing, if it cannot be read now."""
+        with suppress(OSError):
+            self._take_in()
+
+    def _take_in(self) -> None:
         if self.path is None or not self.path.exists():
             return
         with self.path.open("rb") as file:
@@ -122,9 +158,11 @@ class RejectLog:
         """Begin anew, without a file."""
         if self.path is not None:
             self.path.unlink(missing_ok=True)
-        self._broken, self._read = {}, 0
+        self._broken, self._unwritten, self._read = {}, [], 0
 
     def _note(self, line: dict[str, str]) -> None:
+        if not (isinstance(line["key"], str) and isinstance(line["reason"], str)):
+            raise TypeError(line)
         self._broken.setdefault((line["shard"], line["key"]), Rejected(line["key"], line["reason"]))
 
 
@@ -152,39 +190,85 @@ def split_name(name: str) -> tuple[str, str]:
 
 
 def refuse_name(name: str) -> str:
-    """Why a member of this name is refused, or "" if its name is harmless."""
+    """Why a member of this name is refused, or "" if its name is harmless.
+
+    A harmless name may be in any script, with spaces, line ends or bytes that are not UTF-8: it is never a path here.
+    """
     parts = re.split(r"[/\\]", name)
     if parts[0] == "" or ".." in parts or re.fullmatch(r"[A-Za-z]:", parts[0]):
         return "path outside the archive"
+    if "\0" in name:  # where a tar's plain header ends a name
+        return "bad name: it has a NUL"
+    if len(split_name(name)[0].encode("utf-8", "surrogateescape")) > MAX_KEY:
+        return f"bad name: its key has more than {MAX_KEY:,} bytes"
     extension = re.sub(r"(\.gz)+$", "", name.lower()).rpartition(".")[2]  # webdataset unpacks .pkl.gz and runs it
     return f"forbidden member: .{extension} can run code" if extension in FORBIDDEN_EXTENSIONS else ""
 
 
-def open_image(data: bytes | IO[bytes]) -> Image.Image:
-    """Read the header of an image, given as bytes or as an open file, not its pixels.
-
-    Raises DecodeError on another format than JPEG, PNG or WebP, whatever the extension says, and above `MAX_PIXELS`
-    (Pillow only warns up to 179 megapixels).
-    """
+def max_pixels() -> int:
+    """Most pixels of an image, and most bytes of its file. An environment variable, so that all processes of a job
+    share it: a sample that one of them left out would change the batches of the others. Raises UserError."""
+    value = os.environ.get("MMDIT_MAX_PIXELS", MAX_PIXELS)
     try:
-        image = Image.open(io.BytesIO(data) if isinstance(data, bytes) else data, formats=_IMAGE_FORMATS)
+        if (most := int(value)) > 0:
+            return most
+    except ValueError:
+        pass
+    raise UserError(f"MMDIT_MAX_PIXELS: {value!r} is not a positive integer")
+
+
+def open_image(data: bytes | IO[bytes], pixels: bool = True) -> Image.Image:
+    """Read the header of an image, given as bytes or as an open file. Its pixels can be loaded if `pixels` is true.
+
+    Raises DecodeError on another format than JPEG, PNG or WebP, whatever the extension says, and above `max_pixels`
+    (Pillow only warns up to twice its own limit).
+    """
+    most = max_pixels()
+    Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS or 0, most)  # refused by Pillow from twice as many on
+    try:
+        file = io.BytesIO(data) if isinstance(data, bytes) else data
+        is_png = file.read(len(png.MAGIC)) == png.MAGIC
+        file.seek(0)
+        image = png.open_png(file, pixels) if is_png else Image.open(file, formats=("JPEG", "WEBP"))
+    except png.DamagedError as error:
+        raise DecodeError(f"image not decodable: {error}") from error
     except Exception as error:  # Pillow's plugins raise nearly anything on hostile bytes
         raise DecodeError(f"image not readable: {_say(error)}") from error
-    if image.width * image.height > MAX_PIXELS:
-        raise DecodeError(f"image too large: {image.width}×{image.height} pixels")
+    if image.width * image.height > most:
+        raise TooLarge(f"{image.width}×{image.height} pixels", image.width * image.height)
     return image
 
 
 def read_caption(data: bytes) -> str:
-    """The caption in a .txt member, stripped. Raises DecodeError if it is empty, too large or not UTF-8."""
+    """The caption in a .txt member, as `check_caption` returns it. Raises what that raises, and DecodeError for bytes
+    that are no text."""
     if len(data) > MAX_CAPTION:
         raise DecodeError(f"caption too large: more than {MAX_CAPTION:,} bytes")
     try:
-        caption = data.decode("utf-8").strip()
+        return check_caption(decode_text(data))
     except UnicodeDecodeError as error:
         raise DecodeError(f"caption not UTF-8: {error.reason}") from None
+
+
+def decode_text(data: bytes) -> str:
+    """A text file in UTF-8, or in UTF-16 with its mark, as Windows' Notepad saves one. Raises UnicodeDecodeError."""
+    marked = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    return data.decode("utf-16" if marked else "utf-8-sig")
+
+
+def check_caption(text: str) -> str:
+    """`text` without control characters, stripped (see `legible`).
+
+    Raises DecodeError if it is too large or holds half a character, EmptyCaptionError if nothing of it is visible.
+    """
+    if len(text.encode("utf-8", "surrogatepass")) > MAX_CAPTION:
+        raise DecodeError(f"caption too large: more than {MAX_CAPTION:,} bytes")
+    try:
+        caption = legible(text)
+    except ValueError as error:
+        raise DecodeError(f"caption not UTF-8: {error}") from None
     if not caption:
-        raise DecodeError("empty caption")
+        raise EmptyCaptionError("empty caption")
     return caption
 
 

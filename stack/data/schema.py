@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import torch
-from pydantic import PositiveInt
+from pydantic import Field, PositiveInt
 from torch import Tensor
 
 from stack.config import Config, UserError, validate
 from stack.data import remote
+from stack.data.cuts import Cut
 from stack.data.safety import check_source
 from stack.shown import redact
 from stack.text.conditioning import EncodedText
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 VERSION = 3
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 MANIFEST = "manifest.json"
+READING = 2
+"""How samples are read. 1: captions went uncleaned into tokenizers that did not clean them."""
 T5Dtype = Literal["float8"] | None
 
 
@@ -117,6 +120,10 @@ class Manifest(Config):
     """The empty caption's embeddings: a safetensors file in base64."""
     samples: int
     rejected: int
+    reading: int = 1
+    """The `READING` of the version that made the shards."""
+    cut: dict[str, Cut] = Field(default={})
+    """By encoder, of those that read only the beginning of some captions."""
     shards: dict[str, ShardRecord]
 
     @property
@@ -138,7 +145,7 @@ class Manifest(Config):
 
     def check_alike(self, folder: str, other_folder: str, other: Manifest) -> None:
         """UserError naming both values where two data sets cannot be mixed."""
-        own_keys = {"source", "buckets", "latent_mean", "latent_std", "samples", "rejected", "shards"}
+        own_keys = {"source", "buckets", "latent_mean", "latent_std", "samples", "rejected", "reading", "cut", "shards"}
         for key in type(self).model_fields:
             if key not in own_keys and getattr(self, key) != getattr(other, key):
                 values = "" if key == "empty_caption" else f": {getattr(self, key)!r} and {getattr(other, key)!r}"

@@ -16,17 +16,18 @@ from heapq import merge
 from itertools import accumulate, islice
 from multiprocessing import get_context
 from pathlib import Path
-from stat import S_ISREG
-from typing import Any, BinaryIO
+from stat import S_ISDIR, S_ISREG
+from typing import Any, BinaryIO, Literal, NamedTuple
 from zlib import crc32
 
 import numpy as np
 
-from stack.config import UserError
+from stack.config import UserError, is_users, refusal
 from stack.data import remote, safety
-from stack.data.index import SUFFIX, ShardIndex, build_index, without_query
-from stack.data.remote import ShardCache, Stat, is_remote
-from stack.data.safety import MAX_TEXT, DecodeError
+from stack.data.identity import Part
+from stack.data.index import SUFFIX, ShardIndex, build_index, sha256_of, without_query
+from stack.data.remote import ShardCache, Stat, is_compressed, is_remote
+from stack.data.safety import MAX_CAPTION, MAX_TEXT, DecodeError, read_caption
 from stack.data.tar import HEADER_BYTES, is_header_of
 from stack.log import say
 from stack.shown import redact
@@ -35,12 +36,26 @@ _PARALLEL_BYTES = 2**28  # shards to index of less in all are not worth starting
 _REQUESTS = 32  # to a store at once
 _MAX_MAPPED = 256  # indices whose columns are mapped at once
 _MAX_PATTERNS = 10**6  # that braces may expand to
+_MAX_NAMED = 10  # changed shards that an error names
+_SHOWN = 5  # files that a message names
 
 # ---- finding shards
 
 
+class Found(NamedTuple):
+    """Paths or URLs, sorted. compressed: archives that cannot be read by offset, and are passed over."""
+
+    shards: list[str]
+    compressed: list[str]
+
+
 def find_shards(source: str | Path) -> list[str]:
-    """Paths or URLs of the tars that `source` means, sorted.
+    """The shards of `find`."""
+    return find(source).shards
+
+
+def find(source: str | Path) -> Found:
+    """The tars that `source` means, and the compressed archives among them.
 
     `source` is a folder of *.tar, one tar, a glob or a brace list ("train/{00000..00007}.tar", "{a,b}.tar"), local or
     under any URL that fsspec knows. Raises UserError where there is none.
@@ -51,18 +66,44 @@ def find_shards(source: str | Path) -> list[str]:
     found: set[str] = set()
     for pattern in [text] if os.path.exists(text) else _expand_braces(text):
         found.update(remote.list_shards(pattern) if is_remote(pattern) else _local_shards(pattern))
-    return sorted(found)
+    compressed = sorted(filter(is_compressed, found))
+    if len(compressed) == len(found):
+        raise UserError(f"{redact(text)}: no plain .tar, but {describe_compressed(compressed)}")
+    return Found(sorted(found.difference(compressed)), compressed)
+
+
+def describe_compressed(urls: Sequence[str]) -> str:
+    """A phrase that names compressed archives, and the remedy."""
+    names = [without_query(url).rpartition("/")[2] for url in urls]
+    listed = ", ".join([*names[:_SHOWN], *("…" for _ in range(len(names) > _SHOWN))])
+    plural = "s are" if len(names) > 1 else " is"
+    return f"{len(names):,} compressed archive{plural} not read ({listed}): unpack to plain .tar files"
 
 
 def _local_shards(pattern: str) -> list[str]:
+    _refuse_passing_error(pattern)
     if os.path.isdir(pattern):
-        found = glob.glob(os.path.join(glob.escape(pattern), "*.tar"))
+        names = os.listdir(pattern)
+        kept = [name for name in names if (name.endswith(".tar") and name[0] != ".") or is_compressed(name)]
+        found = [os.path.join(pattern, name) for name in kept]
     else:
         found = [pattern] if os.path.exists(pattern) else glob.glob(pattern)
     if not found:
         problem = "no *.tar in this folder" if os.path.isdir(pattern) else "no such folder or shard"
         raise UserError(f"{pattern}: {problem}")
     return found
+
+
+def _refuse_passing_error(pattern: str) -> None:
+    """Raise what `os.path` and `glob` would take for a missing file, where it may pass (EIO, ESTALE)."""
+    plain = re.split(r"[*?[]", pattern, maxsplit=1)[0]
+    path = pattern if plain == pattern else plain.rpartition("/")[0] or "."
+    try:
+        if S_ISDIR(os.stat(path).st_mode):
+            os.scandir(path).close()
+    except OSError as error:
+        if not is_users(error):
+            raise
 
 
 def _expand_braces(text: str) -> list[str]:
@@ -111,18 +152,25 @@ def index_shards(
     An index is NNNNN.index.safetensors beside its shard, or in a subfolder of `folder` named after the shard's own; a
     remote shard's stands beside it, if it was stored there no earlier than the shard itself, or in the cache's folder.
     One that is missing is built, in parallel where that is worth it; each is kept as soon as it is built, so a stopped
-    indexing goes on. `rebuild` builds those anew whose shards have changed. `progress(done, total)` is called after
-    each shard.
+    indexing goes on. A shard whose time or version alone is another (a copy, another mount) is read again: if its bytes
+    are those that were indexed, its index is renewed. `rebuild` builds those anew whose shards have changed.
+    `progress(done, total)` is called after each shard.
 
-    Raises UserError where there is no shard, an index cannot be written into `folder`, or a shard has changed since it
-    was indexed.
+    Raises UserError where there is no shard, an index cannot be written into `folder`, or shards have changed since
+    they were indexed; the error names them.
     """
-    urls = find_shards(source)
+    urls, compressed = find(source)
+    if compressed:
+        say(f"{redact(str(source))}: {describe_compressed(compressed)}")
     indices: dict[str, ShardIndex] = {}
     missing: list[_Work] = []
+    changes: list[tuple[str, str]] = []
     for work, known in _look_up(urls, folder, cache, rebuild):
         if known is None:
-            missing.append(work)
+            if work.change:
+                changes.append((work.url, work.change))
+            else:
+                missing.append(work)
         else:
             indices[work.url] = known
             if progress is not None:
@@ -132,11 +180,31 @@ def index_shards(
             f"{num_outdated:,} of {len(urls):,} indices beside the shards may be of others that stood there before"
         )
         say(f"{redact(str(source))}: {of_others}; they are built anew: store an index after its shard")
-    for index in _build_all(missing):
+    doubtful = [work.stat.size for work in missing if work.sha256]
+    if sum(doubtful) >= _PARALLEL_BYTES:
+        how = f"{len(doubtful):,} of {len(urls):,} shards have another time than when they were indexed"
+        say(f"{redact(str(source))}: {how}; their content is compared, {sum(doubtful) / 1e9:.3g} GB")
+    for work, index in zip(missing, _build_all(missing), strict=True):
+        if index is None:
+            changes.append((work.url, "other content of the same size"))
+            continue
         indices[index.url] = index
         if progress is not None:
             progress(len(indices), len(urls))
+    if len(changes) == 1:
+        raise changed(*changes[0])
+    if changes:
+        raise _many_changed(str(source), sorted(changes))
+    _refuse_other_formats(indices.values())
     return [indices[url] for url in urls]
+
+
+def _refuse_other_formats(indices: Iterable[ShardIndex]) -> None:
+    """UserError naming the shards that are no tars. No index is kept of them."""
+    others = sorted(f"{redact(index.url)}: {index.damage}" for index in indices if not index.is_tar)
+    if others:
+        more = f" (and {len(others) - _SHOWN:,} more)" if len(others) > _SHOWN else ""
+        raise UserError(f"{'; '.join(others[:_SHOWN])}{more}")
 
 
 def _look_up(
@@ -161,6 +229,8 @@ class _Work:
     def __init__(self, url: str, folder: Path | None, cache: ShardCache | None) -> None:
         self.url, self.cache = url, cache
         self.outdated = False  # what lies beside the shard may be of another that stood there before
+        self.sha256 = ""  # of the shard when it was indexed, if only its time or version is another now
+        self.change = ""  # how the shard has changed since it was indexed
         self.must_write = folder is not None
         if is_remote(url):
             assert cache is not None, "a remote source needs a cache"
@@ -181,18 +251,31 @@ class _Work:
             self.path = folder / f"{parent.rpartition('/')[2]}-{digest}" / name
 
     def known(self, rebuild: bool) -> ShardIndex | None:
+        """The index that is there, if it is the shard's; None where one has to be built, or `change` is set."""
         try:
             index = ShardIndex(self.url, self.path)
-        except (OSError, ValueError):  # none yet, another version's or a broken file: the shard tells it all again
-            return self._published()
+        except OSError as error:
+            if not is_users(error):
+                raise
+            index = None
+        except ValueError:  # another version's or a broken file: the shard tells it all again
+            index = None
+        if index is None:
+            published = self._published()
+            return None if published is None else self._keep(published)
         if Stat(index.size, index.version) == self.stat:
             return index
         if rebuild:
             return None
-        raise changed(self.url, f"{index.size:,} bytes when it was indexed, {self.stat.size:,} now")
+        if index.size != self.stat.size:
+            self.change = f"{index.size:,} bytes when it was indexed, {self.stat.size:,} now"
+            return None
+        self.sha256 = index.sha256
+        published = self._published()
+        return self._keep(published) if published is not None and published.sha256 == index.sha256 else None
 
     def _published(self) -> ShardIndex | None:
-        """The index that lies beside a remote shard, and was stored after it."""
+        """The index that is stored beside a remote shard, if it was stored after the shard."""
         if not is_remote(self.url):
             return None
         path = without_query(self.url)
@@ -211,21 +294,26 @@ class _Work:
         if shard_time is None or index_time is None or index_time < shard_time:
             self.outdated = True
             return None
-        return self._keep(index.of_version(self.stat.version))
+        return index.of_version(self.stat.version)
 
-    def build(self) -> ShardIndex:
+    def build(self) -> ShardIndex | None:
+        """The shard's index, kept; None if the shard was indexed before with other content."""
         if self.cache is not None and is_remote(self.url):
-            return self._keep(build_index(self.cache.fetch(self.url, self.stat), self.url, self.stat.version))
-        return self._keep(build_index(self.url))
+            index = build_index(self.cache.fetch(self.url, self.stat), self.url, self.stat.version)
+        else:
+            index = build_index(self.url)
+        return self._keep(index) if self.sha256 in ("", index.sha256) else None
 
     def _keep(self, index: ShardIndex) -> ShardIndex:
         """Save it. Local shards in a folder that cannot be written to are read all the same, indexed each time."""
+        if not index.is_tar:  # it is refused: what is unpacked in its place has not "changed"
+            return index
         try:
             index.save(self.path)
         except OSError as error:
             if self.must_write or is_remote(self.url):
                 problem = f"index cannot be written ({error.strerror}); name another folder"
-                raise UserError(f"{self.path}: {problem}") from None
+                raise refusal(error, f"{self.path}: {problem}") from None
         return index
 
 
@@ -237,7 +325,7 @@ def stored_index(url: str, folder: Path | None = None, cache: ShardCache | None 
         return None
 
 
-def _build_all(works: Sequence[_Work]) -> Iterator[ShardIndex]:
+def _build_all(works: Sequence[_Work]) -> Iterator[ShardIndex | None]:
     workers = min(len(works), len(os.sched_getaffinity(0)))
     if workers < 2 or sum(work.stat.size for work in works) < _PARALLEL_BYTES:
         yield from map(_Work.build, works)
@@ -252,6 +340,13 @@ def changed(url: str, how: str) -> UserError:
     return UserError(
         f"{where}: the shard changed since it was indexed ({how}); index it again: mmdit data index {where}"
     )
+
+
+def _many_changed(source: str, changes: Sequence[tuple[str, str]]) -> UserError:
+    listed = "; ".join(f"{redact(url)} ({how})" for url, how in changes[:_MAX_NAMED])
+    more = f"; and {len(changes) - _MAX_NAMED:,} more" if len(changes) > _MAX_NAMED else ""
+    remedy = f"index them again: mmdit data index {redact(source)}"
+    return UserError(f"{len(changes):,} shards changed since they were indexed: {listed}{more}; {remedy}")
 
 
 # ---- reading
@@ -269,33 +364,46 @@ class ShardReader:
         self.max_open = max_open
         self._files: OrderedDict[int, BinaryIO] = OrderedDict()
         self._views: dict[int, memoryview] = {}
+        self._proved: dict[int, str] = {}
+        """Other versions of shards under which this process has found the bytes that were indexed."""
         self._process = os.getpid()
 
-    def read(self, shard: int, row: int, extension: str) -> bytes:
-        """The bytes of one member, whose name in the tar's own header is looked at.
+    def read(self, shard: int, row: int, extension: str, most: int | None = None) -> bytes:
+        """The bytes of one member, or the first `most` of them; its name in the tar's own header is looked at.
 
         Raises KeyError if the sample has no such member, UserError if the shard is gone or not what was indexed.
         """
         index = self.indices[shard]
         offset, length = index.span(row, extension)
-        data = os.pread(self.handle(shard), HEADER_BYTES + length, max(0, offset - HEADER_BYTES))
+        wanted = HEADER_BYTES + (length if most is None else min(length, most))
+        data = os.pread(self.handle(shard), wanted, max(0, offset - HEADER_BYTES))
         fits = is_header_of(data[:HEADER_BYTES], index.key(row), extension, length)
-        if not fits or len(data) < HEADER_BYTES + length:
+        if not fits or len(data) < wanted:
             raise self.cut(shard)
         return data[HEADER_BYTES:]
 
+    def caption(self, shard: int, row: int) -> str | None:
+        """KEY.txt, None if the sample has none. Raises DecodeError, and UserError as `read`."""
+        if not self.indices[shard].has(row, "txt"):
+            return None
+        return read_caption(self.read(shard, row, "txt", MAX_CAPTION + 1))
+
     def fields(self, shard: int, row: int) -> dict[str, Any]:
-        """KEY.json, empty if the sample has none. Raises DecodeError, and UserError as `read`."""
+        """KEY.json, empty if the sample has none or it is no object. Raises DecodeError, and UserError as `read`."""
+        fields = self.json(shard, row)
+        return fields if isinstance(fields, dict) else {}
+
+    def json(self, shard: int, row: int) -> Any:
+        """What KEY.json holds, an empty object if the sample has none. Raises DecodeError, and UserError as `read`."""
         index = self.indices[shard]
         if not index.has(row, "json"):
             return {}
         if index.span(row, "json")[1] > MAX_TEXT:
             raise DecodeError(f"JSON too large: more than {MAX_TEXT:,} bytes")
         try:
-            fields = json.loads(self.read(shard, row, "json"))
+            return json.loads(self.read(shard, row, "json"))
         except (ValueError, RecursionError) as error:
             raise DecodeError(f"JSON not readable: {' '.join(str(error).split())}") from None
-        return fields if isinstance(fields, dict) else {}
 
     def handle(self, shard: int) -> int:
         """A file descriptor of the shard's tar, for reading by offset right away: a later call may close it."""
@@ -305,7 +413,7 @@ class ShardReader:
         if shard not in self._files:
             while len(self._files) >= self.max_open:
                 self._close(next(iter(self._files)))
-            self._files[shard] = self._open(self.indices[shard])
+            self._files[shard] = self._open(shard)
         self._files.move_to_end(shard)
         return self._files[shard].fileno()
 
@@ -346,7 +454,8 @@ class ShardReader:
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_files": OrderedDict(), "_views": {}}  # a spawned process opens its own
 
-    def _open(self, index: ShardIndex) -> BinaryIO:
+    def _open(self, shard: int) -> BinaryIO:
+        index = self.indices[shard]
         if is_remote(index.url):
             assert self.cache is not None
             self._close_evicted()  # by others, before more is fetched
@@ -356,9 +465,16 @@ class ShardReader:
         try:
             file = open(index.url, "rb")  # noqa: SIM115
         except OSError as error:
-            raise UserError(f"{index.url}: shard cannot be opened: {error.strerror}") from None
+            raise refusal(error, f"{index.url}: shard cannot be opened: {error.strerror}") from None
         stat = os.fstat(file.fileno())
-        if (stat.st_size, str(stat.st_mtime_ns)) != (index.size, index.version):
+        version = str(stat.st_mtime_ns)
+        if stat.st_size == index.size and version not in (index.version, self._proved.get(shard)):
+            if sha256_of(file) == index.sha256:  # a copy of this node's own, or one that was touched meanwhile
+                self._proved[shard] = version
+            else:
+                file.close()
+                raise changed(index.url, "other content of the same size")
+        elif stat.st_size != index.size:
             file.close()
             raise changed(index.url, f"{index.size:,} bytes then, {stat.st_size:,} now")
         return file
@@ -414,6 +530,11 @@ class ShardSet:
 
         lowest = islice(merge(*map(of, range(len(self.indices)))), count)
         return np.array(sorted(sample for _, sample in lowest), np.int64)
+
+    def part(self, role: Literal["train", "paired"], weight: float | None) -> Part:
+        """The shards as a part of the identity of a training's data."""
+        names, contents = ([getattr(index, name) for index in self.indices] for name in ("name", "identity"))
+        return Part(role=role, weight=weight, names=names, contents=contents)
 
     def fingerprint(self) -> str:
         """sha256 over names and sizes of the shards and their digests: the manifest's source."""

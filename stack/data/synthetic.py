@@ -21,7 +21,7 @@ import numpy as np
 import pydantic
 from PIL import Image, ImageDraw
 
-from stack.config import Config, UserError
+from stack.config import Config, Seed, UserError
 
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (225, 35, 35),
@@ -354,7 +354,7 @@ class SynthConfig(Config):
     num_samples: int = pydantic.Field(default=12000, ge=1)
     samples_per_shard: int = pydantic.Field(default=1000, ge=1)
     resolution: int = pydantic.Field(default=32, ge=32, multiple_of=32)
-    seed: int = 0
+    seed: Seed = 0
     two_shape_share: float = pydantic.Field(default=0.2, ge=0, le=1)
     image_format: Literal["png", "webp"] = "png"
 

@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 
 from autoencoders.codec import Codec, to_uint8
-from stack.config import UserError
+from stack.config import UserError, refusal
 from stack.data.dataset import ImageDataset, LatentDataset
 from stack.data.images import DecodeError, decode_image
+from stack.files import probe
 from stack.flow.process import VALIDATION_LEVELS
 from stack.text import conditioning
 from stack.text.conditioning import EncodedText
@@ -92,6 +93,7 @@ class Inception:
         if path.suffix != ".safetensors":
             raise UserError(f"inception: {path} is not a .safetensors file; README.md says how to convert the weights")
         weights = io.BytesIO()  # the library fetches or unpickles weights: it gets what was written here
+        probe(path)
         try:
             torch.save(load_file(path), weights)
             weights.seek(0)
@@ -100,7 +102,8 @@ class Inception:
                     "inception-v3-compat", [LAYER], feature_extractor_weights_path=weights
                 )
         except (OSError, RuntimeError, SafetensorError) as error:
-            raise UserError(f"inception: {path} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
+            message = f"inception: {path} cannot be loaded: {' '.join(str(error).split())[:300]}"
+            raise refusal(error, message) from None
         self._network.to(device)
         self._device = device
         self._batch_size = batch_size

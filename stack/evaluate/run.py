@@ -1,14 +1,10 @@
-"""Evaluation of a run's snapshots: validation loss, FID, KID and CLIP score of samples, accuracy on drawn scenes.
-
-eval/STEP/SETTINGS.json   one result, published by rename: the truth, whoever measured it
-eval/STEP/SETTINGS-*.png  the samples that were looked at
-eval.jsonl                a line a result, gathered from them
-"""
+"""Evaluation of a run's snapshots: validation loss, FID, KID and CLIP score of samples, accuracy on drawn scenes."""
 
 from __future__ import annotations
 
 import json
 import math
+import shutil
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import closing
@@ -23,12 +19,12 @@ from torch import nn
 from autoencoders.codec import Codec
 from stack import config as configuration
 from stack import dist
-from stack.claims import Claims
-from stack.config import Config, UserError
+from stack.config import Config, Seed, UserError
 from stack.data.dataset import ImageDataset, LatentDataset
 from stack.data.synthetic import evaluation_prompts, prompt
-from stack.evaluate import metrics
+from stack.evaluate import metrics, results
 from stack.evaluate.metrics import Inception
+from stack.evaluate.results import Results, mark_of
 from stack.evaluate.sample import draw, draw_classes
 from stack.evaluate.scenes import judge, shares
 from stack.files import publish
@@ -37,7 +33,7 @@ from stack.flow.noise import NoisePlan
 from stack.log import Tracker, say
 from stack.shown import redact
 from stack.text.encoders import ClipScore, TextEncoders
-from stack.train import loop, recipe, snapshot
+from stack.train import loop, origin, recipe, snapshot
 from stack.train.class_to_image import (
     ClassToImage,
     ClassToImageConfig,
@@ -87,7 +83,7 @@ class EvaluationConfig(Config):
     nll: NllConfig = NllConfig()
     sampling: tuple[str, ...] = ()
     """Dotted overrides of the sampler of the run's own sample grids: steps=10, guidance.scale=2."""
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
     batch_size: PositiveInt = 64
 
     @field_validator("inception", "reference", "clip")
@@ -114,11 +110,14 @@ class Evaluator:
     def __init__(self, run: Path, asked: EvaluationConfig, overrides: Sequence[str] = ()):
         if not (run / "config.yaml").exists():
             raise UserError(f"{run}: no config.yaml; not a run folder")
+        self._origin = origin.of(run)  # before the configuration, which a training writes before it
+        self._origins: dict[int, str | None] = {}
+        self._read: set[Path] = set()
         self.run, self.leases = run, snapshot.leases(run)
+        self.results = Results(run, self.leases)
         self._asked, self._device = asked, dist.device()
         self._settings = asked.model_dump(mode="json", exclude={"batch_size"})
         self._settings["overrides"] = [redact(override) for override in overrides]
-        self._mark = configuration.fingerprint_of(self._settings)[:12]
         self._trained = configuration.load(TrainConfig, run / "config.yaml", overrides)
         self._data, self._objective = recipe.build(self._trained, self._device)
         self._tracker: Tracker | None = None
@@ -186,13 +185,29 @@ class Evaluator:
             captions = data.validation_captions()
             self._captions = [captions[row] for row in rows]
 
-    def result(self, step: int) -> Path:
-        """Where the result of snapshot `step` with these settings is found once it was measured."""
-        return self.run / "eval" / f"{step:08d}" / f"{self._mark}.json"
+    def outdated(self) -> bool:
+        """Whether another training has begun in the run's folder."""
+        return origin.of(self.run) != self._origin
+
+    def snapshot(self, step: int) -> Path:
+        return self.run / "snapshots" / f"{step:08d}.safetensors"
+
+    def mark(self, step: int) -> str:
+        """Of these settings and of the training that wrote snapshot `step`."""
+        if step not in self._origins:
+            self._origins[step] = origin.of_snapshot(self.snapshot(step))
+        return mark_of(self._settings, self._origins[step])
+
+    def measured(self, step: int) -> bool:
+        """Whether snapshot `step` has a result with these settings."""
+        path = self.results.place(step, self.mark(step))
+        if path not in self._read and results.read(path) is not None:
+            self._read.add(path)
+        return path in self._read and path.exists()
 
     def lease(self, step: int) -> str:
         """Name of the claim under which snapshot `step` is measured with these settings."""
-        return f"{step:08d}.{self._mark}"
+        return f"{step:08d}.{self.mark(step)}"
 
     def finished(self) -> bool:
         """Whether the run has come to its last step, which has a snapshot unless the disk was full."""
@@ -202,7 +217,11 @@ class Evaluator:
     def measure(self, step: int) -> dict[str, Any]:
         """The result of one snapshot, whose lease the caller holds; what was drawn is shown under RUN/eval/STEP/."""
         began = time.monotonic()
+        self.results.check_place(step, self.mark(step))
         snap = snapshot.read(self.run, step)
+        self._origins[step] = snap.metadata.get("origin")
+        if self.outdated():
+            raise UserError(f"{self.run}: another training has begun in this folder; start again to evaluate it")
         expected = self._objective.metadata().get("encoders")
         if snap.metadata.get("encoders") != expected:
             raise UserError(f"{snap.path}: trained with encoders {snap.metadata.get('encoders')}, found {expected}")
@@ -230,18 +249,40 @@ class Evaluator:
             result |= self._scenes(step, sampler, config) if self._asked.scenes else {}
             result["sampling"] = config.model_dump()
         result |= {"settings": self._settings, "seconds": round(time.monotonic() - began, 1)}
+        result |= {"origin": snap.metadata["origin"]} if "origin" in snap.metadata else {}
         finite: dict[str, Any] = json.loads(json.dumps(result), parse_constant=lambda _: None)  # others become null
         return finite
 
     def report(self, result: dict[str, Any]) -> None:
-        """Publish a result, gather RUN/eval.jsonl, and log to the training's wandb run where it has one by then."""
-        with publish(self.result(result["step"])) as temporary:
-            temporary.write_text(json.dumps(result) + "\n", encoding="utf-8")
-        gather(self.run, self.leases)
+        """Publish a result, add it to RUN/eval.jsonl, and log to the training's wandb run where it has one by then."""
+        step = result["step"]
+        self.results.publish(result, self.mark(step))
+        if self._follow(step):
+            return
+        try:
+            self.results.append(result)
+        except OSError as error:  # the result itself is safe
+            say(f"{self.results.path}: cannot be written now ({error}); a later evaluation adds the line")
         if self._tracker is None:
             self._tracker = Tracker.join(self.run, self._trained.log)
         if self._tracker is not None:
             self._tracker.log(numbers(result))
+
+    def _follow(self, step: int) -> bool:
+        """Whether another training moved the snapshot aside while it was measured. If so, its result goes there too."""
+        measured = self._origins[step]
+        place = self.snapshot(step)
+        if place.exists() and origin.of_snapshot(place) == measured:
+            return False
+        for path in self.run.glob(f"earlier/*/snapshots/{step:08d}.safetensors"):
+            if origin.of_snapshot(path) == measured:
+                folder = path.parents[1] / "eval" / f"{step:08d}"
+                folder.mkdir(parents=True, exist_ok=True)
+                for file in self.results.place(step, "").parent.glob(f"{self.mark(step)}*"):
+                    shutil.move(file, folder / file.name)
+                say(f"{path}: moved here while it was evaluated, and so was its result")
+                return True
+        return False
 
     def _likelihood(self, network: nn.Module) -> dict[str, Any]:
         """Bits a dimension of held-out images, with the standard error over them, and of the trace alone."""
@@ -321,7 +362,7 @@ class Evaluator:
         return result
 
     def _show(self, step: int, name: str, sheet: Any) -> None:
-        with publish(self.run / "eval" / f"{step:08d}" / f"{self._mark}-{name}.png") as temporary:
+        with publish(self.run / "eval" / f"{step:08d}" / f"{self.mark(step)}-{name}.png") as temporary:
             sheet.save(temporary, format="png")
 
     def close(self) -> None:
@@ -337,21 +378,6 @@ def evaluate(run: Path, step: int | None, asked: EvaluationConfig, overrides: Se
         result = evaluator.measure(step)
         evaluator.report(result)
     return result
-
-
-def gather(run: Path, leases: Claims) -> None:
-    """Write RUN/eval.jsonl from all results there are. One evaluator at a time, so that the last to write has seen what
-    all others published before."""
-    while True:
-        with leases.hold("eval.jsonl") as mine:
-            if mine:
-                paths = sorted(
-                    (run / "eval").glob("*/*.json"), key=lambda path: (path.parent.name, path.stat().st_mtime)
-                )
-                with publish(run / "eval.jsonl") as temporary:
-                    temporary.write_text("".join(path.read_text(encoding="utf-8") for path in paths), encoding="utf-8")
-                return
-        time.sleep(0.1)
 
 
 def numbers(result: dict[str, Any]) -> dict[str, float]:

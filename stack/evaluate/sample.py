@@ -42,12 +42,12 @@ def load_sampler(snap: Snapshot, device: torch.device, weak: Snapshot | None = N
     text = check_encoders(snap)
 
     def averaged(of: Snapshot) -> CaptionNetwork:
-        network = captioned.build(captioned.described(of.metadata["model"]), codec.channels)
-        network.load_state_dict(of.weights)
+        network = captioned.build(of.part(captioned.NetworkConfig, "model"), codec.channels)
+        of.fill(network)
         return network.to(device).eval()
 
-    codec = Codec.load(snap.metadata["autoencoder"]).to(device)
-    flow, worse = FlowConfig(**snap.metadata["flow"]), None if weak is None else averaged(weak)
+    codec = Codec.load(snap.part(str, "autoencoder")).to(device)
+    flow, worse = snap.part(FlowConfig, "flow"), None if weak is None else averaged(weak)
     return Sampler(averaged(snap), codec, text.pad, flow, worse), TextEncoders(text, device)
 
 

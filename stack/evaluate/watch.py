@@ -16,7 +16,7 @@ from pathlib import Path
 from types import FrameType
 
 from stack.config import UserError
-from stack.evaluate.run import EvaluationConfig, Evaluator, gather, numbers
+from stack.evaluate.run import EvaluationConfig, Evaluator, numbers
 from stack.log import say
 from stack.train import snapshot
 from stack.train.preempt import Preemption
@@ -72,23 +72,49 @@ def watch(run: Path, asked: EvaluationConfig, overrides: Sequence[str] = (), pat
             stop.check()
             _lose_patience(run, began, patience_s)
             time.sleep(POLL_S)
-        with stop.interrupting():
-            evaluator = Evaluator(run, asked, overrides)
-        with closing(evaluator):
-            failures: Counter[int] = Counter()
-            say(f"{run}: watching for snapshots")
-            while True:
-                stop.check()
-                finished = evaluator.finished()  # asked first: then the last snapshot is among those seen next
-                steps = [step for step in snapshot.steps(run) if not evaluator.result(step).exists()]
-                left = [step for step in steps if failures[step] < MAX_TRIES]
-                if finished and not left:
-                    gather(run, evaluator.leases)  # also after one that died between its result and this
-                    return steps
-                if not any(_evaluate(evaluator, step, failures, stop) for step in left):
-                    if not left:
-                        _lose_patience(run, began, patience_s)
-                    time.sleep(POLL_S)
+        say(f"{run}: watching for snapshots")
+        while True:
+            with stop.interrupting():
+                evaluator = Evaluator(run, asked, overrides)
+            with closing(evaluator):
+                failed = _watch(evaluator, stop, began, patience_s)
+            if failed is not None:
+                return failed
+            say(f"{run}: another training has begun here; watching for its snapshots")
+
+
+def _watch(evaluator: Evaluator, stop: _Stop, began: float, patience_s: float) -> list[int] | None:
+    """As `watch`, of one training; None where another one has begun in the folder."""
+    run, failures = evaluator.run, Counter[int]()
+    evaluator.results.gather()  # also the results of evaluators that died before they had added their lines
+    while True:
+        stop.check()
+        finished = evaluator.finished()  # asked first: then the last snapshot is among those seen next
+        if evaluator.outdated():
+            return None
+        steps = [step for step in snapshot.steps(run) if not _measured(evaluator, step)]
+        left = [step for step in steps if failures[step] < MAX_TRIES]
+        if finished and not left:
+            evaluator.results.gather()
+            return steps
+        evaluated = False
+        for step in left:
+            stop.check()
+            if evaluator.outdated():
+                return None
+            evaluated |= _evaluate(evaluator, step, failures, stop)
+        if not evaluated:
+            if not left:
+                _lose_patience(run, began, patience_s)
+            time.sleep(POLL_S)
+
+
+def _measured(evaluator: Evaluator, step: int) -> bool:
+    """Whether snapshot `step` has a result; not where that cannot be read, which `_evaluate` reports."""
+    try:
+        return evaluator.measured(step)
+    except (OSError, UserError):
+        return False
 
 
 def _lose_patience(run: Path, began: float, patience_s: float) -> None:
@@ -102,17 +128,17 @@ def _lose_patience(run: Path, began: float, patience_s: float) -> None:
 
 def _evaluate(evaluator: Evaluator, step: int, failures: Counter[int], stop: _Stop) -> bool:
     """Whether snapshot `step` was evaluated; not if another evaluator has it in hand or was first."""
-    with evaluator.leases.hold(evaluator.lease(step)) as mine:
-        if not mine or evaluator.result(step).exists() or step not in snapshot.steps(evaluator.run):
-            return False
-        try:
+    try:
+        with evaluator.leases.hold(evaluator.lease(step)) as mine:
+            if not mine or evaluator.measured(step) or not evaluator.snapshot(step).exists():
+                return False
             with stop.interrupting():
                 result = evaluator.measure(step)
             evaluator.report(result)
-        except Exception as error:
-            failures[step] += 1
-            reason = " ".join(str(error).split())
-            say(f"{evaluator.run}: snapshot {step} failed, try {failures[step]} of {MAX_TRIES}: {reason}")
-            return False
+    except Exception as error:
+        failures[step] += 1
+        reason = " ".join(str(error).split())
+        say(f"{evaluator.run}: snapshot {step} failed, try {failures[step]} of {MAX_TRIES}: {reason}")
+        return False
     say(f"{evaluator.run}: {json.dumps(numbers(result))}")
     return True

@@ -13,6 +13,7 @@ from stack.text.conditioning import EMPTY_CLIP_TOKENS, EMPTY_T5_TOKENS
 from stack.text.encoders import CLIP_TOKENS, NAMES, TextConfig
 from stack.train.sampler import SamplerConfig
 from stack.train.snapshot import Snapshot
+from stack.train.text_to_image import PreviewConfig
 
 TITLES = {"t5": "T5", "clip_l": "CLIP-L", "clip_g": "CLIP-bigG"}
 PIPELINES: dict[Family, str] = {"sd3": "StableDiffusion3Pipeline", "flux": "FluxPipeline"}
@@ -42,12 +43,13 @@ class Subject(NamedTuple):
 
     @property
     def size(self) -> tuple[int, int]:
-        width, height = self.snap.metadata["sampling"]["size"]
-        return width, height
+        size: tuple[int, int] = self.snap.part(PreviewConfig, "sampling").size
+        return size
 
     @property
     def sampling(self) -> SamplerConfig:
-        return SamplerConfig(**{key: value for key, value in self.snap.metadata["sampling"].items() if key != "size"})
+        sampling = self.snap.part(PreviewConfig, "sampling")
+        return SamplerConfig(**sampling.model_dump(include=set(SamplerConfig.model_fields)))
 
     @property
     def encoders(self) -> list[str]:

@@ -113,18 +113,18 @@ def _subject(run: Path, snap: snapshot.Snapshot) -> Subject:
     """UserError where an encoder is not the one of the training, or the objective not that of SD3 and FLUX."""
     if snap.metadata["kind"] != "text_to_image":
         raise UserError(f"{run}: a run of kind {snap.metadata['kind']!r} has no form of others: export with --to stack")
-    flow = FlowConfig(**snap.metadata["flow"])
+    flow = snap.part(FlowConfig, "flow")
     if (flow.path.kind, flow.prediction) != ("linear", "velocity"):
         raise UserError(
             f"{run}: trained on path {flow.path.kind} with prediction {flow.prediction}, which no reader of SD3 or "
             "FLUX expects: export with --to stack"
         )
-    config = captioned.described(snap.metadata["model"])
+    config = snap.part(captioned.NetworkConfig, "model")
     if not isinstance(config, MMDiTConfig):
         raise UserError(f"{run}: a {config.kind}, and --to diffusers or single write an MM-DiT: export with --to stack")
     with torch.device("meta"):
         network = MMDiT(config)
-    network.load_state_dict(snap.weights, assign=True)
+    snap.fill(network, assign=True)
     samples, described = None, run / "config.yaml"
     if described.is_file():
         samples = snap.step * yaml.safe_load(described.read_text(encoding="utf-8"))["data"]["batch_size"]
@@ -135,8 +135,8 @@ def _subject(run: Path, snap: snapshot.Snapshot) -> Subject:
 def _autoencoder(config: TrainConfig, snap: snapshot.Snapshot, out: Path, num_samples: int) -> dict[str, Any]:
     """A diffusers folder whose scale and shift bring latents to mean 0 and variance 1 over all channels."""
     assert isinstance(config.data, ImageData)
-    codec = autoencoder.build(AutoencoderConfig(**snap.metadata["autoencoder"]), seed=0)
-    codec.load_state_dict(snap.weights)
+    codec = autoencoder.build(snap.part(AutoencoderConfig, "autoencoder"), seed=0)
+    snap.fill(codec)
     codec = codec.to(dist.device()).eval()
     data = ImageDataset(config.data, config.run.seed)
     steps = -(-num_samples // config.data.batch_size)

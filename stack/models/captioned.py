@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 import torch
-from pydantic import BeforeValidator, Field, TypeAdapter
+from pydantic import BeforeValidator, Field
 
 from stack.models.mmdit import MMDiT, MMDiTConfig
 from stack.models.unet import TextUNet, UNetConfig
@@ -22,12 +22,6 @@ NetworkConfig = Annotated[
     Annotated[MMDiTConfig | UNetConfig, Field(discriminator="kind")], BeforeValidator(_mmdit_unless_said)
 ]
 CaptionNetwork = MMDiT | TextUNet
-
-
-def described(values: dict[str, Any]) -> MMDiTConfig | UNetConfig:
-    """The configuration that a snapshot's metadata holds."""
-    found: MMDiTConfig | UNetConfig = TypeAdapter(NetworkConfig).validate_python(values)
-    return found
 
 
 def build(config: MMDiTConfig | UNetConfig, channels: int, seed: int | None = None) -> CaptionNetwork:

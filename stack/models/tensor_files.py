@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from stack.config import UserError
-from stack.files import publish
+from stack.config import UserError, refusal
+from stack.files import probe, publish
 
 STEMS = ("diffusion_pytorch_model", "model")
 """What diffusers and others call a folder's weights."""
@@ -52,9 +52,10 @@ class TensorSource:
 
         if self._open is None or self._open[0] != file:
             try:
+                probe(file)
                 self._open = file, safe_open(file, framework="pt")
             except (OSError, SafetensorError) as error:
-                raise UserError(f"{file}: cannot be read as safetensors: {error}") from None
+                raise refusal(error, f"{file}: cannot be read as safetensors: {error}") from None
         return self._open[1]
 
     def _holder(self, name: str) -> Any:

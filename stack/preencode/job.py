@@ -27,14 +27,25 @@ from pydantic import Field, NonNegativeInt, PositiveInt, field_validator
 from autoencoders.codec import Codec, fingerprint
 from stack import config as configuration
 from stack import dist
-from stack.config import Config, UserError
-from stack.data import mlperf
+from stack.config import Config, Location, UserError
+from stack.data import cuts, mlperf
 from stack.data.buckets import BucketConfig, histogram
+from stack.data.cuts import Cut
 from stack.data.dataset import say_damage
 from stack.data.index import ShardIndex
 from stack.data.remote import CacheConfig, ShardCache, Stat, is_remote
 from stack.data.safety import Rejected, entry, over_budget
-from stack.data.schema import DTYPES, MANIFEST, Manifest, ShardRecord, T5Dtype, load_manifest, text_tensors, to_bytes
+from stack.data.schema import (
+    DTYPES,
+    MANIFEST,
+    READING,
+    Manifest,
+    ShardRecord,
+    T5Dtype,
+    load_manifest,
+    text_tensors,
+    to_bytes,
+)
 from stack.data.shards import ShardReader, ShardSet, index_shards, unique_names
 from stack.files import publish
 from stack.log import progress, say
@@ -45,12 +56,12 @@ from stack.preencode.writer import ShardWriter
 from stack.shown import redact
 from stack.text.encoders import TextConfig, TextEncoders, fingerprints
 
-_NOT_BROKEN = ("smaller than min_side", "the tokenizers of")  # reasons that say nothing against a sample
+_NOT_BROKEN = "smaller than min_side"  # the reason that says nothing against a sample
 _THREADS = 16  # that read indices: a network file system answers each after a millisecond
 
 
 class PreencodeConfig(Config):
-    source: str
+    source: Location
     """Raw shards (img2dataset's layout), or MLPerf's pre-encoded ones: a folder, a .tar, a glob or a URL."""
     out: Path
     """Folder for the pre-encoded shards."""
@@ -66,7 +77,7 @@ class PreencodeConfig(Config):
     """Smaller images are left out."""
     max_rejected: float = Field(default=0.05, ge=0, le=1)
     """Share of the samples that may be broken; above it the job stops. Images below min_side do not count."""
-    autoencoder: str
+    autoencoder: Location
     text: TextConfig
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     t5_dtype: T5Dtype = None
@@ -101,20 +112,26 @@ def preencode(config: PreencodeConfig) -> Manifest:
     say_damage(source.indices)
     targets = [config.out / index.name for index in source.indices]
     _refuse_source(config, source, targets)
-    settings = settings_of(config, source, encoder_fingerprints(config), dist.frozen_dtype(dist.device()))
+    # A finished set of an older version stays as it is; one that is not finished is not continued.
+    reading = load_manifest(config.out).reading if (config.out / MANIFEST).exists() else READING
+    settings = settings_of(config, source, encoder_fingerprints(config), dist.frozen_dtype(dist.device()), reading)
     share = Share(config.out, targets, settings, configuration.fingerprint_of(settings))
     _refuse_source(config, source, targets, share.left)
     had_all = not share.left
+    if share.left and reading != READING:
+        say(f"{config.out}: an older version made this set, which read some captions otherwise: see `--verify`")
     if not had_all:
         _work(config, source, ShardReader(source.indices, cache), share)
     if had_all and (config.out / MANIFEST).exists():
         manifest = load_manifest(config.out)
     else:
         _Budget(config, source, share).check()
-        manifest = _write_manifest(config, source, share)
+        manifest = _write_manifest(config, source, share, reading)
         share.clean()
     counts = np.sum([one.buckets for one in share.finished.values()], axis=0).tolist()
     say(f"{config.out}: samples by bucket, width×height\n{histogram(counts, config.buckets.rule())}")
+    for line in cuts.lines(manifest.cut):
+        say(f"{config.out}: {line}")
     return manifest
 
 
@@ -223,7 +240,8 @@ def _foreseen(config: PreencodeConfig, index: ShardIndex) -> list[Rejected]:
         return index.rejected
     silent = (index.caption_length[:, 0] < 0) & (np.minimum(index.width, index.height) >= config.min_side)
     rows = np.flatnonzero(silent).tolist()
-    return [*index.rejected, *(Rejected(index.key(row), no_caption(place)) for row in rows)]
+    reasons = index.bad_captions
+    return [*index.rejected, *(Rejected(index.key(row), reasons.get(row) or no_caption(place)) for row in rows)]
 
 
 def _write_rejected(config: PreencodeConfig, source: ShardSet, share: Share) -> None:
@@ -255,15 +273,20 @@ def _check_form(config: PreencodeConfig, source: ShardSet, encoders: Encoders) -
         raise UserError(f"{redact(config.source)}: MLPerf's samples need {', '.join(odd)}")
 
 
-def mark_of(config: PreencodeConfig, source: ShardSet, encoders: dict[str, str], compute: torch.dtype) -> str:
+def mark_of(
+    config: PreencodeConfig, source: ShardSet, encoders: dict[str, str], compute: torch.dtype, reading: int
+) -> str:
     """Fingerprint of `settings_of`."""
-    return configuration.fingerprint_of(settings_of(config, source, encoders, compute))
+    return configuration.fingerprint_of(settings_of(config, source, encoders, compute, reading))
 
 
 def settings_of(
-    config: PreencodeConfig, source: ShardSet, encoders: dict[str, str], compute: torch.dtype
+    config: PreencodeConfig, source: ShardSet, encoders: dict[str, str], compute: torch.dtype, reading: int
 ) -> dict[str, Any]:
-    """All that decides an output byte, as JSON: the encoders' fingerprints, and what they calculate in, among them."""
+    """All that decides an output byte, as JSON: the encoders' fingerprints, and what they calculate in, among them.
+
+    reading: of the version that makes the shards (`stack.data.schema.READING`).
+    """
     free = {"source", "out", "index", "cache", "max_rejected", "decoders", "autoencoder"}
     values = config.model_dump(mode="json", exclude=free)
     values["buckets"] = config.buckets.rule().buckets
@@ -272,6 +295,8 @@ def settings_of(
     values["encoders"] = encoders
     values["source"] = source.fingerprint()
     values["compute"] = str(compute)
+    if reading > 1:  # the first had no number
+        values["reading"] = reading
     settings: dict[str, Any] = json.loads(json.dumps(values))
     return settings
 
@@ -294,6 +319,7 @@ def _encode_shard(
     index, target = source.index(number), share.targets[number]
     listed = list(index.rejected)
     counts = [0] * len(encoders.rule.buckets)
+    cut: dict[str, Cut] = {}
     writer = ShardWriter(target, DTYPES[config.dtype], config.t5_dtype)
     samples = read_samples(config, encoders.rule, reader, number)
     try:
@@ -305,6 +331,7 @@ def _encode_shard(
                     raw, sample = outcome
                     writer.add(raw.key, sample, raw.facts)
                     counts[raw.bucket] += 1
+                    cuts.add_sample(cut, raw.key, sample.texts, encoders.text.max_tokens)
             advance(len(outcomes))
         rejected = [entry(index.name, *one) for one in listed]
         facts = {
@@ -313,6 +340,7 @@ def _encode_shard(
             "rejected": rejected,
             "damage": index.damage,
             "buckets": counts,
+            "cut": {name: one.model_dump() for name, one in cut.items()},
         }
         reader.close()  # else a remote shard that the cache removes to fetch the next one stays on the disk
         if not share.may_publish(number):
@@ -329,8 +357,11 @@ def _encode_shard(
     return stats
 
 
-def _write_manifest(config: PreencodeConfig, source: ShardSet, share: Share) -> Manifest:
+def _write_manifest(config: PreencodeConfig, source: ShardSet, share: Share, reading: int) -> Manifest:
     stats = [share.finished[number] for number in range(len(share.targets))]
+    cut: dict[str, Cut] = {}
+    for target, one in zip(share.targets, stats, strict=True):
+        cuts.add(cut, one.cut, target.name)
     filled = [s for s in stats if s.samples]
     if not filled:
         raise UserError(f"{redact(config.source)}: not one sample could be encoded; see {config.out / '*_stats.json'}")
@@ -357,6 +388,8 @@ def _write_manifest(config: PreencodeConfig, source: ShardSet, share: Share) -> 
         empty_caption=base64.b64encode(to_bytes(text_tensors(empty), DTYPES[config.dtype])).decode(),
         samples=sum(s.samples for s in stats),
         rejected=sum(s.rejected.total() for s in stats),
+        reading=reading,
+        cut=cut,
         shards={
             t.name: ShardRecord(samples=s.samples, sha256=s.sha256) for t, s in zip(share.targets, stats, strict=True)
         },

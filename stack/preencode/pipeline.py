@@ -18,7 +18,7 @@ from stack.config import UserError
 from stack.data import mlperf
 from stack.data.buckets import BucketRule, fit
 from stack.data.images import decode_image, to_bucket
-from stack.data.safety import DecodeError, Rejected, read_caption
+from stack.data.safety import DecodeError, EmptyCaptionError, Rejected, check_caption
 from stack.data.schema import EncodedSample, text_tensors
 from stack.data.shards import ShardReader
 from stack.text.encoders import TextEncoders
@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 
 CHUNK_BATCHES = 4
 """Batches whose captions are sorted by length together."""
-MAX_KEY_BYTES = 80
-"""A tar's plain header holds names of 100."""
 
 
 class Raw(NamedTuple):
@@ -74,9 +72,7 @@ class Encoders:
                 outcomes.append(item)
                 continue
             sample = next(encoded)
-            if not all(text is None or text.fits() for text in sample.texts):
-                outcomes.append(Rejected(item.key, "the tokenizers of CLIP-L and bigG cut the caption differently"))
-            elif not _is_finite(sample):
+            if not _is_finite(sample):
                 outcomes.append(Rejected(item.key, "encoded to values that are not finite"))
             else:
                 outcomes.append((item, sample))
@@ -124,8 +120,6 @@ def read_samples(
 
     def load(row: int) -> Item:
         key, width, height = index.key(row), int(index.width[row]), int(index.height[row])
-        if len(key.encode(errors="surrogateescape")) > MAX_KEY_BYTES or not key.isprintable():
-            return Rejected(key, "name too long or not printable")
         if min(width, height) < config.min_side:
             return Rejected(key, f"smaller than min_side: {width}×{height} pixels")
         bucket = int(rule.assign(width, height))
@@ -170,21 +164,45 @@ def _ready(reader: ShardReader, shard: int, row: int, bucket: int, side: tuple[i
 
 
 def _captions(places: dict[str, str], reader: ShardReader, shard: int, row: int) -> list[str | None]:
-    """One caption a name; the first must be there. Raises DecodeError."""
-    fields = reader.fields(shard, row) if any(place != "txt" for place in places.values()) else {}
+    """One caption a name, None for one that is absent or empty; the first must be there. Raises DecodeError."""
+    fields = reader.json(shard, row) if any(place != "txt" for place in places.values()) else {}
     captions: list[str | None] = []
     for place in places.values():
-        if place == "txt":
-            there = reader.indices[shard].has(row, "txt")
-            captions.append(read_caption(reader.read(shard, row, "txt")) if there else None)
-        else:
-            value = fields.get(place[5:])
-            # JSON may hold half a character, which is encoded here and refused there.
-            text = value.strip().encode("utf-8", "surrogatepass") if isinstance(value, str) else b""
-            captions.append(read_caption(text) if text else None)
-    if captions[0] is None:
-        raise DecodeError(no_caption(next(iter(places.values()))))
+        try:
+            caption = _caption_of(place, fields) if place != "txt" else reader.caption(shard, row)
+            if caption is None:
+                raise EmptyCaptionError(no_caption(place))
+            captions.append(caption)
+        except EmptyCaptionError:
+            if not captions:
+                raise
+            captions.append(None)
     return captions
+
+
+_KINDS = {
+    list: "a list",
+    dict: "an object",
+    str: "text",
+    bool: "true or false",
+    int: "a number",
+    float: "a number",
+    type(None): "null",
+}
+
+
+def _caption_of(place: str, fields: Any) -> str:
+    """The caption in a field of KEY.json. Raises DecodeError, EmptyCaptionError if there is none."""
+    name = place.removeprefix("json.")
+    if not isinstance(fields, dict):
+        raise DecodeError(f"no caption: KEY.json is {_KINDS[type(fields)]}, expected an object with {name!r}")
+    if name not in fields:
+        raise EmptyCaptionError(no_caption(place))
+    value = fields[name]
+    if isinstance(value, str):
+        return check_caption(value)
+    reason = f"no caption: {place} is {_KINDS[type(value)]}, expected text"
+    raise EmptyCaptionError(reason) if value is None else DecodeError(reason)
 
 
 def no_caption(place: str) -> str:

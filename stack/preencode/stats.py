@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from stack.config import UserError, is_users
+from stack.data.cuts import Cut
 
 _THREADS = 16  # a network file system answers each after a millisecond
 _BLOCK = 16  # files that a thread reads in one go
@@ -23,7 +24,7 @@ class Finished(NamedTuple):
 
     samples: that are stored.  sha256: of the tar.  positions, sum, squares: of the latent, over all samples; the sums
     float64 [channels], without channels if there is no sample.  buckets: samples per bucket, int64.  rejected: kind of
-    reason → samples that were left out.
+    reason → samples that were left out.  cut: encoder → captions of which it read only the beginning.
     """
 
     samples: int
@@ -33,6 +34,7 @@ class Finished(NamedTuple):
     squares: np.ndarray
     buckets: np.ndarray
     rejected: Counter[str]
+    cut: dict[str, Cut]
 
 
 def stats_path(shard: Path) -> Path:
@@ -81,8 +83,9 @@ def finished(stats: dict[str, Any]) -> Finished | None:
             squares=np.array(stats["squares"], np.float64),
             buckets=np.array([_count(count) for count in stats["buckets"]], np.int64),
             rejected=rejected,
+            cut={name: Cut(**cut) for name, cut in stats.get("cut", {}).items()},
         )
-    except (KeyError, TypeError, ValueError, OverflowError):
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError):
         return None
     shape = found.sum.shape if found.samples else ()
     whole = found.sum.shape == found.squares.shape == shape and len(shape) == bool(found.samples)

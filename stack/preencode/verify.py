@@ -77,7 +77,8 @@ def verify(config: PreencodeConfig, count: int) -> Verified:
     stored = ShardSet(index_shards(config.out))
     manifest.check_shards(str(config.out), {index.name: (len(index), index.sha256) for index in stored.indices})
     noise = max(
-        _NOISE[compute] for compute in (_computed_in(config, source, fingerprints), dist.frozen_dtype(dist.device()))
+        _NOISE[compute]
+        for compute in (_computed_in(config, source, fingerprints, manifest.reading), dist.frozen_dtype(dist.device()))
     )
     count = min(count, stored.num_samples)
     chosen = [(2 * at + 1) * stored.num_samples // (2 * count) for at in range(count)]
@@ -94,9 +95,9 @@ def verify(config: PreencodeConfig, count: int) -> Verified:
     return result
 
 
-def _computed_in(config: PreencodeConfig, source: ShardSet, fingerprints: dict[str, str]) -> torch.dtype:
+def _computed_in(config: PreencodeConfig, source: ShardSet, fingerprints: dict[str, str], reading: int) -> torch.dtype:
     """What the encoders calculated in when the shards were written. Raises UserError for another configuration's."""
-    marks = {mark_of(config, source, fingerprints, compute): compute for compute in _NOISE}
+    marks = {mark_of(config, source, fingerprints, compute, reading): compute for compute in _NOISE}
     stats = read_all([stats_path(config.out / index.name) for index in source.indices])
     found = {str(one and one.get("mark")) for one in stats}
     if len(found) > 1 or not found <= set(marks):

@@ -6,7 +6,7 @@ Shape suffixes: B batch · L text tokens of a caption · T of all captions · D 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 import torch
@@ -28,10 +28,8 @@ class EncodedText:
     clip_l: Tensor | None  # [L_clip, D_l], second to last layer, without the final LayerNorm
     clip_g: Tensor | None  # [L_clip, D_g], likewise
     pooled: Tensor  # [D_l + D_g], the EOT states of CLIP-L and bigG, projected or not
-
-    def fits(self) -> bool:
-        """Whether both CLIPs have the same number of tokens, as joining them by channel needs."""
-        return self.clip_l is None or self.clip_g is None or len(self.clip_l) == len(self.clip_g)
+    cut: dict[str, int] = field(default_factory=dict)
+    """Tokens of the whole caption by encoder, of those encoders that read only its beginning; empty if stored."""
 
 
 @dataclass(frozen=True)

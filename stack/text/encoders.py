@@ -16,7 +16,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pydantic
@@ -24,9 +24,14 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from stack.config import Config, UserError
-from stack.text import tokenizer
+from stack.config import Config, Location, UserError, refusal
+from stack.files import probe
+from stack.text import clip_tokenizer, tokenizer
+from stack.text.clean import clean
 from stack.text.conditioning import EncodedText, Pad
+
+if TYPE_CHECKING:
+    from tokenizers import Encoding, Tokenizer
 
 NAMES = ("t5", "clip_l", "clip_g")
 CLIP_TOKENS = 77
@@ -43,9 +48,9 @@ class TextConfig(Config):
          full  `t5_max_tokens` and 77 tokens, T5 without a mask, as SD3 and FLUX were trained
     """
 
-    t5: str | None = None
-    clip_l: str | None = None
-    clip_g: str | None = None
+    t5: Location | None = None
+    clip_l: Location | None = None
+    clip_g: Location | None = None
     t5_max_tokens: int = pydantic.Field(default=77, ge=1)
     clip_tokens: bool = True
     """Whether CLIP's tokens stand in the context beside T5's, as in SD3. Without them CLIP gives the pooled vector
@@ -69,13 +74,12 @@ class TextConfig(Config):
         return self
 
 
-Tokenize = Callable[[str], list[int]]
 Forward = Callable[[Tensor, Tensor, bool], tuple[Tensor, Tensor | None]]  # ids_BL, length_B, masked → hidden, pooled
 
 
 @dataclass(frozen=True)
 class _Encoder:
-    tokenize: Tokenize
+    tokenizer: Tokenizer
     forward: Forward
     dim: int
     pad_id: int
@@ -87,7 +91,8 @@ class TextEncoders:
 
     dims: channels by encoder, of those that are present.
 
-    Raises UserError naming the key for a folder or hub id that is missing, has no weights, or not all of them.
+    Raises UserError naming the key for a folder or hub id that is missing, has no weights, or not all of them, and
+    where both CLIPs' tokens are to be joined and their tokenizers are different ones.
     """
 
     def __init__(
@@ -99,24 +104,45 @@ class TextEncoders:
             self._encoders = {
                 name: _load(name, folder, config, self.device, dtype) for name, folder in folders(config).items()
             }
+        self._refuse_different_clips()
         self.dims = {name: encoder.dim for name, encoder in self._encoders.items()}
+        self.max_tokens = {name: encoder.max_tokens for name, encoder in self._encoders.items()}
+
+    def _refuse_different_clips(self) -> None:
+        both = [self._encoders[name].tokenizer for name in ("clip_l", "clip_g") if name in self._encoders]
+        joined = self.config.clip_tokens and self.config.pad == "trim" and len(both) == 2
+        if joined and not clip_tokenizer.same_table(*both):
+            raise UserError(
+                "text.clip_l and text.clip_g have different tokenizers, so their tokens cannot be joined one by one: "
+                "name CLIPs with one tokenizer, leave one out, or set text.clip_tokens=false"
+            )
 
     def encode(self, captions: Sequence[str]) -> list[EncodedText]:
-        """Encode `captions`, in the given order; CPU tensors in the encoders' dtype, each with its own memory."""
-        encoded = {name: self._run(encoder, captions) for name, encoder in self._encoders.items()}
+        """Encode `captions`, in the given order; CPU tensors in the encoders' dtype, each with its own memory.
+
+        Each encoder reads the caption as `stack.text.clean.clean` leaves it, and of a long one its first tokens.
+        """
+        captions = [clean(caption) for caption in captions]
+        tokens = {
+            name: [encoder.tokenizer.encode(text) for text in captions] for name, encoder in self._encoders.items()
+        }
+        encoded = {
+            name: self._run(encoder, [part.ids for part in tokens[name]]) for name, encoder in self._encoders.items()
+        }
         absent: list[tuple[Tensor | None, Tensor | None]] = [(None, None)] * len(captions)
         results = []
-        for t5, *clips in zip(*(encoded.get(name, absent) for name in NAMES), strict=True):
+        for row, (t5, *clips) in enumerate(zip(*(encoded.get(name, absent) for name in NAMES), strict=True)):
             pooled = [vector for _, vector in clips if vector is not None]
             clip_l, clip_g = (
                 hidden if hidden is None or self.config.clip_tokens else hidden[:0].clone() for hidden, _ in clips
             )
-            results.append(EncodedText(t5[0], clip_l, clip_g, torch.cat(pooled) if pooled else torch.empty(0)))
+            beyond = {name: _num_beyond(parts[row]) for name, parts in tokens.items() if parts[row].overflowing}
+            cut = {name: self.max_tokens[name] + count for name, count in beyond.items()}
+            results.append(EncodedText(t5[0], clip_l, clip_g, torch.cat(pooled) if pooled else torch.empty(0), cut))
         return results
 
-    def _run(self, encoder: _Encoder, captions: Sequence[str]) -> list[tuple[Tensor | None, Tensor | None]]:
+    def _run(self, encoder: _Encoder, ids: Sequence[list[int]]) -> list[tuple[Tensor | None, Tensor | None]]:
         full = self.config.pad == "full"
-        ids = [encoder.tokenize(caption) for caption in captions]
         order = sorted(range(len(ids)), key=lambda index: len(ids[index]))
         results: list[tuple[Tensor | None, Tensor | None]] = [(None, None)] * len(ids)
         for start in range(0, len(order), self.config.batch_size):
@@ -135,6 +161,11 @@ class TextEncoders:
                 # Cloned outside inference mode: an ordinary tensor that doesn't hold its whole batch in memory.
                 results[index] = kept.clone(), None if pooled_BD is None else pooled_BD[row].clone()
         return results
+
+
+def _num_beyond(tokens: Encoding) -> int:
+    """How many tokens of the text were cut off."""
+    return sum(part.special_tokens_mask.count(0) for part in tokens.overflowing)
 
 
 def fingerprints(config: TextConfig) -> dict[str, str]:
@@ -165,8 +196,11 @@ class ClipScore:
             with torch.random.fork_rng(devices=[]):
                 model, self._transform = open_clip.create_model_from_pretrained(f"local-dir:{folder}")
             self._tokenize = open_clip.get_tokenizer(f"local-dir:{folder}")
+            if isinstance(self._tokenize, open_clip.SimpleTokenizer):
+                clip_tokenizer.speed_up(self._tokenize)
         except (OSError, RuntimeError, ValueError, KeyError, TypeError, SafetensorError) as error:
-            raise UserError(f"clip: {folder} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
+            message = f"clip: {folder} cannot be loaded: {' '.join(str(error).split())[:300]}"
+            raise refusal(error, message) from None
         self._model: Any = model.requires_grad_(False).eval().to(device)
         self._device = device
 
@@ -200,8 +234,9 @@ def _folder(name: str, source: str) -> Path:
         folder = Path(snapshot_download(repository, allow_patterns=wanted))
         weights = OPEN_CLIP_WEIGHTS if (folder / OPEN_CLIP_CONFIG).is_file() else "model*.safetensors*"
         return Path(snapshot_download(repository, allow_patterns=[*wanted, weights]))
-    except (OSError, HFValidationError):
-        raise UserError(f"text.{name}: {source!r} is no local folder, nor a hub id that can be reached") from None
+    except (OSError, HFValidationError) as error:
+        message = f"text.{name}: {source!r} is no local folder, nor a hub id that can be reached"
+        raise refusal(error, message) from None
 
 
 def _files(name: str, folder: Path) -> list[Path]:
@@ -219,7 +254,7 @@ def _files(name: str, folder: Path) -> list[Path]:
 
 
 def _clip_vocabulary(folder: Path) -> Path:
-    """The folder's own tokenizer, else open_clip's BPE: the same ids, but that open_clip mends curly quotes first."""
+    """The folder's own tokenizer, else open_clip's BPE."""
     if (folder / "tokenizer.json").is_file():
         return folder / "tokenizer.json"
     from open_clip.tokenizer import default_bpe
@@ -227,14 +262,20 @@ def _clip_vocabulary(folder: Path) -> Path:
     return Path(default_bpe())
 
 
-def write_clip_tokenizer(folder: Path, pad_id: int) -> None:
-    """open_clip's BPE as transformers' CLIPTokenizer: the same ids, but that open_clip mends curly quotes first."""
+def _open_clip_table(file: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """(token → id, merges) of open_clip's BPE, with the names that transformers gives the special tokens."""
     from open_clip.tokenizer import SimpleTokenizer
 
-    bpe = SimpleTokenizer()
-    theirs = {bpe.sot_token_id: "<|startoftext|>", bpe.eot_token_id: "<|endoftext|>"}
-    vocabulary = {theirs.get(index, token): index for token, index in bpe.encoder.items()}
-    merges = list(bpe.bpe_ranks)
+    bpe = SimpleTokenizer(str(file))
+    names = dict(zip((bpe.sot_token_id, bpe.eot_token_id), clip_tokenizer.SPECIAL, strict=True))
+    return {names.get(index, token): index for token, index in bpe.encoder.items()}, list(bpe.bpe_ranks)
+
+
+def write_clip_tokenizer(folder: Path, pad_id: int) -> None:
+    """open_clip's BPE as transformers' CLIPTokenizer: the same ids for a text that is cleaned (`stack.text.clean`)."""
+    from open_clip.tokenizer import default_bpe
+
+    vocabulary, merges = _open_clip_table(Path(default_bpe()))
     tokenizer = _transformers().CLIPTokenizer(
         vocab=vocabulary,
         merges=merges,
@@ -267,26 +308,29 @@ def _load(name: str, folder: Path, config: TextConfig, device: torch.device, dty
     from safetensors import SafetensorError
 
     files = _files(name, folder)
+    for file in files:
+        probe(file)
     build = _load_t5 if name == "t5" else _load_open_clip if files[0].name == OPEN_CLIP_CONFIG else _load_clip
     try:
         model, forward, dim = build(folder, dtype, config.clip_projection)
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-        raise UserError(f"text.{name}: {folder} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
+        message = f"text.{name}: {folder} cannot be loaded: {' '.join(str(error).split())[:300]}"
+        raise refusal(error, message) from None
     model.requires_grad_(False).eval().to(device)
     max_tokens = config.t5_max_tokens if name == "t5" else CLIP_TOKENS
-    return _Encoder(_tokenize(files[-1], max_tokens), forward, dim, PAD_IDS[name], max_tokens)
+    return _Encoder(_tokenizer(name, files[-1], max_tokens), forward, dim, PAD_IDS[name], max_tokens)
 
 
-def _tokenize(vocabulary: Path, max_tokens: int) -> Tokenize:
-    if vocabulary.name == "tokenizer.json":
-        fast = tokenizer.load(vocabulary.parent)
-        fast.no_padding()
-        fast.enable_truncation(max_tokens)
-        return lambda caption: fast.encode(caption).ids
-    from open_clip.tokenizer import SimpleTokenizer
-
-    bpe = SimpleTokenizer(str(vocabulary))
-    return lambda caption: [bpe.sot_token_id, *bpe.encode(caption)[: max_tokens - 2], bpe.eot_token_id]
+def _tokenizer(name: str, vocabulary: Path, max_tokens: int) -> Tokenizer:
+    """For cleaned texts, of which `max_tokens` tokens are kept; special tokens that a text spells out are text."""
+    if vocabulary.name != "tokenizer.json":
+        fast = clip_tokenizer.build(*_open_clip_table(vocabulary))
+    else:
+        fast = (tokenizer if name == "t5" else clip_tokenizer).load(vocabulary.parent)
+    fast.encode_special_tokens = True
+    fast.no_padding()
+    fast.enable_truncation(max_tokens)
+    return fast
 
 
 def _load_t5(folder: Path, dtype: torch.dtype, projected: bool) -> tuple[nn.Module, Forward, int]:
@@ -381,8 +425,10 @@ def write_untrained_encoders(folder: str | Path, seed: int) -> TextConfig:
             file.chmod(0o644)  # safetensors writes 0600, whatever the umask
         try:
             partial.rename(folder)
-        except OSError:  # another process was first
-            shutil.rmtree(partial)
+        except OSError:
+            if not folder.is_dir():
+                raise
+            shutil.rmtree(partial)  # another process was first
     made_with = (
         json.loads((folder / _SEED_FILE).read_text(encoding="utf-8"))["seed"]
         if (folder / _SEED_FILE).is_file()

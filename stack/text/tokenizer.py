@@ -99,7 +99,8 @@ def load(folder: str | Path) -> Tokenizer:
         raise UserError(
             f"{file}: no such file; write one with transformers' AutoTokenizer.from_pretrained(...).save_pretrained"
         )
+    data = file.read_bytes()
     try:
-        return Tokenizer.from_file(str(file))
+        return Tokenizer.from_str(data.decode("utf-8"))
     except Exception as error:  # the bindings raise bare Exception for a file they can't parse
         raise UserError(f"{file}: cannot be read as a tokenizer: {error}") from None

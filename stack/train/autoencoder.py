@@ -76,12 +76,12 @@ class AutoencoderObjective:
         output_BCHW, _ = network(batch.image_BCHW.to(dtype), self._noise(batch, draws).to(dtype))
         return losses.l1_B(batch.image_BCHW, output_BCHW.float())
 
-    def preview(self, network: nn.Module) -> Image:
+    def preview(self, network: nn.Module, limit: int | None = None) -> Image:
         """Held-out images (upper row) over their reconstructions (lower row)."""
         if self._shown is None:
             return contact_sheet([np.full((8, 8, 3), 255, np.uint8)])
         assert isinstance(network, Codec)
-        image_BCHW = self._shown.image_BCHW
+        image_BCHW = self._shown.image_BCHW[:limit]
         moments = network.encode(image_BCHW.to(next(network.parameters()).dtype))
         output_BCHW = network.decode_raw(moments.mean_BCHW)
         pixels = to_uint8(torch.cat([image_BCHW, output_BCHW.float().clamp(-1, 1)]))

@@ -11,29 +11,33 @@ moments and the EMA, under `NAME:START:STOP/KIND`. Loading reads the ranges it n
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import shutil
 import struct
 import threading
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
-from pydantic import PositiveInt
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, ValidationError
 from torch import Tensor
 
 from stack import dist
 from stack.config import Config, UserError
 from stack.files import publish
+from stack.lines import backwards
 from stack.log import say
 from stack.parallel.ema import Ema
 from stack.parallel.engine import Engine, Range, moments
-from stack.train.schedule import Span
+from stack.train.schedule import Span, step_of
 
 FORMAT = 1
+T = TypeVar("T")
 
 
 class CheckpointConfig(Config):
@@ -42,6 +46,23 @@ class CheckpointConfig(Config):
     """The newest ones kept."""
     keep_every: Span | None = None
     """Also kept: those whose step is a multiple of this."""
+
+
+class _File(BaseModel):
+    name: str
+    size: int
+    sha256: str
+
+
+class Record(BaseModel):
+    """What COMPLETE must hold. It may hold more."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    format: int
+    step: NonNegativeInt
+    optimizer_step: float
+    files: list[_File]
 
 
 class _Flat(NamedTuple):
@@ -121,8 +142,12 @@ class Checkpoints:
     copy: 16 bytes a parameter, divided by the ranks, and up to twice that on a GPU, where PyTorch rounds it up.
     """
 
+    newest_step: int | None = None
+    """The step of the newest checkpoint that this run can resume from, as far as this process has seen."""
+
     def __init__(self, run: Path, config: CheckpointConfig, keep_every: int = 0):
         self.folder = run / "checkpoints"
+        self._damaged: set[int] = set()  # what `newest` has passed over
         self._keep = config.keep
         self._keep_every = keep_every
         self._copies: list[_Flat] = []
@@ -135,13 +160,13 @@ class Checkpoints:
     def check_space(self, engine: Engine, ema: Ema) -> None:
         """UserError where the disk has no room for one checkpoint, without what a kill left of another."""
         needed = sum(dist.all_gather(_num_bytes(_flats(engine, ema, owned_only=True))))
-        if dist.rank() == 0:
-            self._sweep()
-        if problem := dist.broadcast(self._no_space(needed) if dist.rank() == 0 else ""):
+        if problem := _on_rank_0(partial(self._no_space, needed)):
             raise UserError(f"{problem}: free some, or give run.dir another disk")
 
     def _no_space(self, needed: int) -> str:
+        """Why a checkpoint has no room, where what a kill or a failed save left of others is removed."""
         self.folder.mkdir(parents=True, exist_ok=True)
+        self._sweep()
         free = shutil.disk_usage(self.folder).free
         if free >= needed:
             return ""
@@ -163,6 +188,11 @@ class Checkpoints:
         self._copied.clear()
         self._thread = threading.Thread(target=self._run, args=(flats, updated, step, record), daemon=True)
         self._thread.start()
+
+    def save_now(self, step: int, engine: Engine, ema: Ema, state: dict[str, Any]) -> str:
+        """As `save`, until the checkpoint is published. The problem, the same on all ranks."""
+        self.save(step, engine, ema, state)
+        return "" if self.wait() else f"checkpoint {step} could not be saved"
 
     def settle(self) -> None:
         """Until nothing of the state is read any more. Raises RuntimeError as `wait` does."""
@@ -220,7 +250,6 @@ class Checkpoints:
         problem, report = "", None
         if dist.rank() == 0:
             try:
-                self._sweep()
                 problem = self._no_space(needed)
             except Exception as error:
                 problem = str(error)
@@ -236,8 +265,8 @@ class Checkpoints:
             try:
                 _write(temporary / "COMPLETE", [json.dumps({**record, "files": reports}, indent=1).encode()])
                 _fsync(temporary)
-                if final.exists():
-                    shutil.rmtree(final)
+                if final.exists():  # damaged, or the disk failed after the rename of a save that is tried again
+                    os.replace(final, self.folder / f"{final.name}.old.tmp")
                 os.replace(temporary, final)
                 _fsync(self.folder)
             except Exception as error:
@@ -250,41 +279,88 @@ class Checkpoints:
         return problems[0] if problems else ""
 
     def _steps(self) -> list[int]:
-        return sorted(int(p.name) for p in self.folder.glob("*") if p.name.isdigit()) if self.folder.exists() else []
+        """The steps of all checkpoints there are, damaged ones too. OSError where the folder cannot be listed."""
+        try:
+            names = os.listdir(self.folder)
+        except FileNotFoundError:
+            if self.folder.is_symlink():
+                raise OSError(f"{self.folder}: a link to a folder that is not there") from None
+            names = []
+        return sorted(step for step in map(step_of, names) if step is not None)
 
     def _sweep(self) -> None:
         """Remove what a kill or a full disk left half written."""
         for path in self.folder.glob("*.tmp"):
-            shutil.rmtree(path, ignore_errors=True)
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
 
     def _retire(self, newest: int) -> None:
-        """Point `latest` at the newest; remove what need not be kept, and what failed to verify."""
+        """Point `latest` at the newest; remove the checkpoints before it that need not be kept.
+
+        One of a later step, which the training has passed over, is removed only if its folder has no COMPLETE.
+        """
+        self.newest_step = newest
+        self._damaged.discard(newest)
         try:
             with publish(self.folder / "latest") as latest:
                 latest.write_text(f"{newest:08d}\n", encoding="utf-8")
+            steps = self._steps()
+            kept = [step for step in steps if step <= newest and step not in self._damaged][-self._keep :]
+            for step in steps:
+                folder = self.folder / f"{step:08d}"
+                if step > newest:
+                    needed = not _is_incomplete(folder)
+                else:
+                    periodic = bool(self._keep_every) and step % self._keep_every == 0
+                    needed = step in kept or (periodic and step not in self._damaged)
+                if not needed:
+                    shutil.rmtree(folder, ignore_errors=True)
         except OSError as error:
-            say(f"{self.folder / 'latest'} cannot be written: {error}")
-        steps = self._steps()
-        for step in steps:
-            kept = step in [s for s in steps if s <= newest][-self._keep :]
-            if step > newest or not (kept or (self._keep_every and step % self._keep_every == 0)):
-                shutil.rmtree(self.folder / f"{step:08d}", ignore_errors=True)
+            say(f"{self.folder}: old checkpoints stay, or `latest` does ({error})")
 
-    def newest(self) -> dict[str, Any] | None:
-        """The COMPLETE record of the newest checkpoint that verifies; None if there is none.
+    def newest(self, schema: type[Record] = Record) -> dict[str, Any] | None:
+        """The COMPLETE record, of at least what `schema` asks for, of the newest checkpoint. None if there is none.
 
-        Rank 0 says which are there, and each rank hashes its share of the files.
+        A checkpoint is passed over only if it is proved incomplete or damaged. Rank 0 finds out which are there, and
+        each rank hashes its share of the files.
+        Raises the same OSError on all ranks where a checkpoint cannot be read or none can be used.
         """
-        for step in dist.broadcast(list(reversed(self._steps()))):
+        try:
+            return self._newest(schema)
+        except OSError as error:
+            raise OSError(
+                f"{error}. Nothing is changed: start again when the checkpoints can be read. To start over, give "
+                f"run.dir a new folder or remove {self.folder}"
+            ) from None
+
+    def _newest(self, schema: type[Record]) -> dict[str, Any] | None:
+        steps = _on_rank_0(self._steps)
+        for step in reversed(steps):
             folder = self.folder / f"{step:08d}"
-            record, problem = dist.broadcast(_read_record(folder))
+            record, problem = _on_rank_0(partial(_read_record, folder, schema))
             if record is not None:
-                problems = dist.all_gather(_damage(folder, record["files"][dist.rank() :: dist.world_size()]))
+                files = record["files"][dist.rank() :: dist.world_size()]
+                problems = _on_all(partial(_damage, folder, files))
                 problem = next(filter(None, problems), "")
             if not problem:
+                self.newest_step = step
                 return record
+            self._damaged.add(step)
             say(f"checkpoint {step} does not verify ({problem}): passed over")
+        if steps:
+            raise OSError(f"{self.folder}: none of its checkpoints can be used (steps {', '.join(map(str, steps))})")
+        if known := _on_rank_0(self._vanished):
+            raise OSError(f"{self.folder} is empty, but had a checkpoint of step {known}")
         return None
+
+    def _vanished(self) -> int | None:
+        """The step of a checkpoint that the run's metrics name, if the folder exists but is empty, like a mount point
+        without its file system."""
+        lines = itertools.islice(backwards(self.folder.parent / "metrics.jsonl"), 100)
+        steps = [line["checkpoint"] for _, line in lines if line.get("checkpoint")]
+        return steps[0] if steps and self.folder.exists() else None
 
     def load(self, record: dict[str, Any], engine: Engine, ema: Ema) -> None:
         """Fill the engine's partitions and the EMA from the checkpoint that `record` (of `newest`) describes.
@@ -306,21 +382,53 @@ def _num_bytes(flats: Iterable[_Flat]) -> int:
     return sum(flat.tensor.nbytes for flat in flats)
 
 
-def _read_record(folder: Path) -> tuple[dict[str, Any] | None, str]:
-    """COMPLETE, or what is wrong with it."""
+def _on_all(call: Callable[[], T]) -> list[T]:
+    """The results of all ranks. An OSError of one is raised on all, so that none waits for another."""
+    result: T | OSError
     try:
-        record = json.loads((folder / "COMPLETE").read_text(encoding="utf-8"))
-        if (record["format"], record["step"]) != (FORMAT, int(folder.name)):
-            return None, f"format {record['format']} of step {record['step']}, this version reads {FORMAT}"
-        if not all({"name", "size", "sha256"} <= file.keys() for file in record["files"]):
-            return None, "COMPLETE does not say which files there are"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return None, f"COMPLETE cannot be read: {error}"
+        result = call()
+    except OSError as error:
+        result = error
+    results = dist.all_gather(result)
+    for result in results:
+        if isinstance(result, OSError):
+            raise result
+    return results
+
+
+def _on_rank_0(call: Callable[[], T]) -> T:
+    """Rank 0's result on every rank, see `_on_all`."""
+    return _on_all(lambda: call() if dist.rank() == 0 else None)[0]  # type: ignore[return-value]
+
+
+def _is_incomplete(folder: Path) -> bool:
+    """Whether the folder can be listed and has no COMPLETE."""
+    return folder.is_dir() and "COMPLETE" not in os.listdir(folder)
+
+
+def _read_record(folder: Path, schema: type[Record] = Record) -> tuple[dict[str, Any] | None, str]:
+    """COMPLETE, or how it is damaged. OSError where that cannot be found out."""
+    try:
+        record = json.loads((folder / "COMPLETE").read_bytes())
+        checked = schema.model_validate(record)
+    except (IsADirectoryError, NotADirectoryError) as error:
+        return None, f"COMPLETE is no file: {error}"
+    except FileNotFoundError:
+        if not _is_incomplete(folder):
+            raise
+        return None, "it has no COMPLETE"
+    except ValidationError as error:
+        first = error.errors()[0]
+        return None, f"COMPLETE is damaged: {'.'.join(map(str, first['loc']))}: {first['msg']}"
+    except (ValueError, RecursionError) as error:
+        return None, f"COMPLETE is damaged: {error}"
+    if (checked.format, checked.step) != (FORMAT, int(folder.name)):
+        return None, f"format {checked.format} of step {checked.step}, this version reads {FORMAT}"
     return record, ""
 
 
 def _damage(folder: Path, files: list[dict[str, Any]]) -> str:
-    """What is wrong with the first file that is not as COMPLETE says."""
+    """How the first file that is not as COMPLETE describes it differs. OSError where a file cannot be read."""
     for file in files:
         path = folder / Path(file["name"]).name
         try:
@@ -328,8 +436,12 @@ def _damage(folder: Path, files: list[dict[str, Any]]) -> str:
                 return f"{path.name} has another size"
             if _sha256(path) != file["sha256"]:
                 return f"{path.name} has another hash"
-        except OSError as error:
-            return f"{path.name} cannot be read: {error}"
+        except (IsADirectoryError, NotADirectoryError) as error:
+            return f"{path.name} is no file: {error}"
+        except FileNotFoundError:
+            if path.name in os.listdir(folder):
+                raise
+            return f"{path.name} is missing"
     return ""
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from autoencoders.codec import to_uint8
 from stack import config as configuration
-from stack.config import UserError, validate
+from stack.config import Location, Seed, UserError
 from stack.data.dataset import ImageBatch, ImageDataset
 from stack.flow.draw import GuidedConfig, draw
 from stack.flow.guidance import Branches, ClassifierFn, Guided, branches, classifier_gradient
@@ -38,7 +38,7 @@ from stack.train.text_to_image import Probability
 class PreviewConfig(GuidedConfig):
     count: PositiveInt = 40
     """Samples on the sheet, whose labels take turns."""
-    seed: int = 0
+    seed: Seed = 0
     classifier: Path | None = None
     """Run of the noisy classifier that guidance.classifier scales."""
 
@@ -50,7 +50,7 @@ class ClassToImageConfig(FlowConfig):
     """Labels run from 0 to classes − 1; 0: no labels, an unconditional model."""
     dropout: Probability = 0.1
     """Share of the samples whose label is dropped, for classifier-free guidance (arXiv 2207.12598)."""
-    autoencoder: str | None = None
+    autoencoder: Location | None = None
     """Frozen, a folder or hub id: the flow is of its latents, into which each batch is encoded, instead of pixels."""
     preview: PreviewConfig = PreviewConfig()
 
@@ -117,13 +117,14 @@ class ClassToImage:
         label_B = self._label_B(batch)
         return self._config.predictor(lambda x_BCHW, t_B: network(x_BCHW, t_B, label_B))
 
-    def preview(self, network: nn.Module) -> Image:
-        """Samples, a column a class as far as there is room; of paired data each under the image it begins with."""
+    def preview(self, network: nn.Module, limit: int | None = None) -> Image:
+        """Samples, a column per class as far as there is room; of paired data each under the image it begins with."""
         config, space = self._config, self.space
         if self._shown is not None:
-            starts, label_B = self._shown.paired_BCHW, self._label_B(self._shown)
+            starts, label_B = self._shown.paired_BCHW, self._label_B(self._shown)[:limit]
+            starts = None if starts is None else starts[:limit]
         else:
-            starts, label_B = None, torch.arange(config.preview.count) % max(config.classes, 1)
+            starts, label_B = None, torch.arange(config.preview.count)[:limit] % max(config.classes, 1)
         noise = space.beginning(NoisePlan(config.preview.seed).at(0, range(len(label_B))), self._device, starts)
         x_BCHW = sample(network, config, label_B.to(self._device), noise, config.preview, self._classifier)
         image_BCHW = space.leave(x_BCHW.float())
@@ -154,7 +155,7 @@ def classifier_of(
     log_probabilities, trained = load_classifier(run, device)
     if trained.path != config.path:
         raise UserError(f"{run}: a classifier of the path {trained.path}, and objective.path is {config.path}")
-    seen = snapshot.read(run).metadata["channels"]
+    seen = snapshot.read(run).part(int, "channels")
     if seen != channels or trained.classes < config.classes:
         raise UserError(
             f"{run}: a classifier of {trained.classes} classes in images of {seen} channels, wanted are "
@@ -258,11 +259,11 @@ def of_snapshot(snap: snapshot.Snapshot, device: torch.device) -> Trained:
     """As `load`."""
     if snap.metadata["kind"] != "class_to_image":
         raise UserError(f"{snap.path}: a run of kind {snap.metadata['kind']!r} has no network that draws classes")
-    config = validate(ClassToImageConfig, snap.metadata["objective"], str(snap.path))
-    sides = [(width, height) for width, height in snap.metadata["sides"]]
-    space = Space(config.autoencoder, snap.metadata["channels"], sides, device)
-    if space.autoencoder != snap.metadata.get("encoders", {}).get("autoencoder"):
+    config: ClassToImageConfig = snap.part(ClassToImageConfig, "objective")
+    space = Space(config.autoencoder, snap.part(int, "channels"), snap.part(list[tuple[int, int]], "sides"), device)
+    known = snap.part(dict[str, str], "encoders") if "encoders" in snap.metadata else {}
+    if space.autoencoder != known.get("autoencoder"):
         raise UserError(f"{config.autoencoder}: not the autoencoder with which {snap.path} was trained")
     network = labelled.build(config.model, space.channels, space.sides, config.classes, seed=0)
-    network.load_state_dict(snap.weights)
+    snap.fill(network)
     return Trained(network.to(device).eval(), config, space)

@@ -6,6 +6,7 @@ Shapes: B batch · C channels · H W height, width · K classes.
 from __future__ import annotations
 
 import io
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from pydantic import Field, PositiveFloat
 from torch import Tensor, nn
 
-from stack.config import Config, UserError, validate
+from stack.config import Config, UserError
 from stack.data.dataset import ImageBatch, ImageDataset
 from stack.flow.noise import Draws, NoisePlan
 from stack.flow.path import Linear, PathConfig
@@ -76,13 +77,16 @@ class Classifier:
         assert batch.label_B is not None
         return F.nll_loss(log_p_BK, batch.label_B, reduction="none")
 
-    def by_level(self, network: nn.Module) -> list[tuple[float, float, float]]:
-        """(t, cross-entropy in nats, accuracy) of all held-out images at each of eight levels of noise."""
+    def by_level(self, network: nn.Module, limit: int | None = None) -> list[tuple[float, float, float]]:
+        """(t, cross-entropy in nats, accuracy) of held-out images at each of eight levels of noise.
+
+        limit: the number of images; all if None.
+        """
         first, last = self._flow.span
         rows = []
         for level in range(VALIDATION_LEVELS):
             t, losses, right = first + (last - first) * level / VALIDATION_LEVELS, [], []
-            for batch in self._data.validation(64):
+            for batch in itertools.islice(self._data.validation(limit or 64), 1 if limit else None):
                 batch = batch.to(self._device)
                 draws, t_B = NoisePlan(0).at(level, batch.positions), torch.full((len(batch.keys),), t)
                 log_p_BK = self._log_probabilities(network, batch, draws, t_B.to(self._device))
@@ -92,7 +96,7 @@ class Classifier:
                 rows.append((t, float(torch.cat(losses).mean()), float(torch.cat(right).float().mean())))
         return rows
 
-    def preview(self, network: nn.Module) -> PIL.Image.Image:
+    def preview(self, network: nn.Module, limit: int | None = None) -> PIL.Image.Image:
         """Accuracy and cross-entropy of the held-out images over the level of noise."""
         import matplotlib
 
@@ -100,7 +104,7 @@ class Classifier:
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(6, 3), layout="constrained")
-        rows, columns = self.by_level(network), ("accuracy", "cross-entropy, nats")
+        rows, columns = self.by_level(network, limit), ("accuracy", "cross-entropy, nats")
         for number, (axes, name) in enumerate(zip(figure.subplots(1, 2), columns, strict=True)):
             axes.plot([row[0] for row in rows], [(row[2], row[1])[number] for row in rows], marker="o")
             axes.set(xlabel="t", ylabel=name)
@@ -133,9 +137,9 @@ def load_classifier(
     snap = snapshot.read(run, step)
     if snap.metadata["kind"] != "classifier":
         raise UserError(f"{run}: a run of kind {snap.metadata['kind']!r} is no classifier")
-    config = validate(ClassifierConfig, snap.metadata["objective"], str(snap.path))
-    network = _build(config, snap.metadata["channels"], seed=0)
-    network.load_state_dict(snap.weights)
+    config: ClassifierConfig = snap.part(ClassifierConfig, "objective")
+    network = _build(config, snap.part(int, "channels"), seed=0)
+    snap.fill(network)
     network = network.to(device).eval().requires_grad_(False)
     flow = config.flow
 

@@ -44,8 +44,11 @@ class Objective(Protocol):
     def validate(self, network: nn.Module, batch: Any, draws: Draws) -> Tensor:
         """The loss of each sample [B] at a level that depends on its position alone."""
 
-    def preview(self, network: nn.Module) -> Image:
-        """A picture that shows a person what has been learnt (the sample grid, reconstructions)."""
+    def preview(self, network: nn.Module, limit: int | None = None) -> Image:
+        """A picture that shows a person what has been learnt (the sample grid, reconstructions).
+
+        limit: the number of images, to try the settings; all if None.
+        """
 
     def metadata(self) -> dict[str, Any]:
         """What a reader of the snapshot needs beside the weights."""

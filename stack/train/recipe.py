@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt
 
-from stack.config import Config, UserError
-from stack.data.dataset import ImageData, ImageDataset, LatentData, LatentDataset, ShardData
+from stack.config import Config, Seed, UserError
+from stack.data.dataset import Accept, ImageData, ImageDataset, LatentData, LatentDataset, ShardData
 from stack.data.safety import RejectLog
 from stack.log import LogConfig
 from stack.models import compute
@@ -30,9 +30,12 @@ from stack.train.text_to_image import TextToImage, TextToImageConfig
 class RunConfig(Config):
     dir: Path
     """The run's folder: config, metrics, checkpoints, snapshots, samples."""
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
     max_nonfinite: PositiveInt = 20
     """Steps in a row with a non-finite gradient that end the run."""
+    accept_data: str | None = None
+    """The fingerprint of other data with which a run may resume than those of its checkpoint; the error that refuses
+    them prints it. It accepts no data but these."""
     watchdog_s: PositiveFloat = 900
     """Seconds without a step after which a rank writes its stacks and ends: more than a snapshot takes, or the write
     of a checkpoint."""
@@ -72,20 +75,26 @@ def check(config: TrainConfig, device: torch.device) -> None:
 
 
 def build(
-    config: TrainConfig, device: torch.device, rejected: RejectLog | None = None, begin: bool = False
+    config: TrainConfig,
+    device: torch.device,
+    rejected: RejectLog | None = None,
+    begin: bool = False,
+    accept: Accept = lambda identity: None,
+    previews: bool = False,
 ) -> tuple[ShardData, Objective]:
     """The data set and the objective. UserError where the two kinds do not go together.
 
     rejected: where images that cannot be decoded are listed.  begin: whether the weights that `init.from` names are
-    read; whoever loads others leaves them out.
+    read; whoever loads others leaves them out.  accept: is called with the identity of the data before they are used.
+    previews: whether previews will be drawn, whose prompts are then read.
     """
     data, objective, seed = config.data, config.objective, config.run.seed
     if isinstance(data, LatentData) and isinstance(objective, TextToImageConfig):
-        latents = LatentDataset(data, seed)
+        latents = LatentDataset(data, seed, accept)
         init = config.init.get("from") if begin else None
-        return latents, TextToImage(objective, latents, seed, device, init)
+        return latents, TextToImage(objective, latents, seed, device, init, previews)
     if isinstance(data, ImageData) and not isinstance(objective, TextToImageConfig):
-        images = ImageDataset(data, seed, rejected, getattr(objective, "classes", None) or None)
+        images = ImageDataset(data, seed, rejected, getattr(objective, "classes", None) or None, accept)
         if isinstance(objective, AutoencoderConfig):
             return images, AutoencoderObjective(objective, images, seed, device)
         if isinstance(objective, ClassifierConfig):

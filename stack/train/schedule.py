@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
@@ -48,3 +49,8 @@ def learning_rate(config: ScheduleConfig, peak: float, step: int, batch_size: in
         return peak
     share = (step - warmup) / max(total - warmup, 1)
     return peak * (config.final + (1 - config.final) * 0.5 * (1 + math.cos(math.pi * min(share, 1.0))))
+
+
+def step_of(name: str) -> int | None:
+    """The step that a file or folder is named after, "00000500" for 500; None for other names."""
+    return int(name) if re.fullmatch("[0-9]{8,}", name) and name == f"{int(name):08d}" else None

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pydantic import PositiveInt
-from torch import Tensor
+import torch
+from pydantic import PositiveInt, TypeAdapter, ValidationError
+from torch import Tensor, nn
 
 from stack.claims import Claims
 from stack.config import Config, UserError
-from stack.files import publish
+from stack.files import probe, publish, remove_leftovers
 from stack.log import say
-from stack.train.schedule import Span, steps_of
+from stack.train import origin
+from stack.train.schedule import Span, step_of, steps_of
+
+ANOTHER = "take another snapshot of the run, or remove this one, if it is the last, and start the training again"
 
 
 class SnapshotConfig(Config):
@@ -25,27 +30,67 @@ class SnapshotConfig(Config):
     """Also kept: those whose step is a multiple of this."""
 
 
+class Metadata(dict[str, Any]):
+    """A snapshot's metadata. UserError for a key that it lacks."""
+
+    def __init__(self, path: Path, values: dict[str, Any]):
+        super().__init__(values)
+        self._path = path
+
+    def __missing__(self, key: str) -> Any:
+        raise UserError(f"{self._path}: its metadata has no {key!r}: it is damaged, or of another version; {ANOTHER}")
+
+
 class Snapshot(NamedTuple):
     path: Path
     step: int
     metadata: dict[str, Any]
     weights: dict[str, Tensor]
 
+    def part(self, kind: Any, key: str) -> Any:
+        """metadata[key] as `kind`, a type that pydantic reads. UserError where it is something else."""
+        try:
+            return TypeAdapter(kind).validate_python(self.metadata[key])
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(map(str, (key, *first["loc"])))
+            raise UserError(f"{self.path}: its metadata is damaged, {place}: {first['msg']}; {ANOTHER}") from None
+
+    def fill(self, network: nn.Module, assign: bool = False) -> None:
+        """Load the weights. UserError where they are not those of the network that the metadata describes."""
+        try:
+            network.load_state_dict(self.weights, assign=assign)
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(f"{self.path}: not the weights of the model in its metadata: {reason}; {ANOTHER}") from None
+
 
 def write(run: Path, step: int, weights: dict[str, Tensor], metadata: dict[str, Any]) -> Path:
-    """Publish snapshots/STEP.safetensors (mode 0644) by rename."""
+    """Publish snapshots/STEP.safetensors (mode 0644) by rename. Its metadata holds a hash of all that it contains."""
     from safetensors.torch import save_file
 
     path = run / "snapshots" / f"{step:08d}.safetensors"
-    for leftover in path.parent.glob(".*.tmp"):  # of a kill; nobody else writes here
-        leftover.unlink()
+    remove_leftovers(path.parent)
+    known = origin.of(run)
+    config = json.dumps({**metadata, "step": step} | ({"origin": known} if known else {}))
     with publish(path) as temporary:
-        save_file(weights, temporary, metadata={"config": json.dumps({**metadata, "step": step})})
+        save_file(weights, temporary, metadata={"config": config, "sha256": _sha256(config, weights)})
     return path
 
 
+def _sha256(config: str, weights: dict[str, Tensor]) -> str:
+    """A hash of the configuration and of each tensor's name, type, shape and bytes."""
+    digest = hashlib.sha256(config.encode())
+    for name in sorted(weights):
+        tensor = weights[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
 def steps(run: Path) -> list[int]:
-    return sorted(int(p.stem) for p in (run / "snapshots").glob("*.safetensors") if p.stem.isdigit())
+    found = (step_of(path.stem) for path in (run / "snapshots").glob("*.safetensors"))
+    return sorted(step for step in found if step is not None)
 
 
 def leases(run: Path) -> Claims:
@@ -81,14 +126,25 @@ def find(run: Path, step: int | None = None) -> int:
 
 
 def read(run: Path, step: int | None = None) -> Snapshot:
-    """The snapshot of `step`, or the newest. UserError where the run has none."""
+    """The snapshot of `step`, or the newest. UserError where the run has none, or it is damaged.
+
+    A snapshot of an earlier version has no hash: of its weights only what the format tells is checked.
+    """
     from safetensors import SafetensorError, safe_open
 
     path = run / "snapshots" / f"{find(run, step):08d}.safetensors"
+    probe(path)
     try:
+        if path.is_dir():
+            raise ValueError("it is a folder")
         with safe_open(path, framework="pt") as file:
-            metadata = json.loads((file.metadata() or {})["config"])
+            strings = file.metadata() or {}
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dictionary)
-    except (SafetensorError, KeyError, json.JSONDecodeError) as error:
-        raise UserError(f"{path}: not a snapshot of this stack: {error}") from None
-    return Snapshot(path, metadata["step"], metadata, weights)
+        metadata = json.loads(strings["config"])
+        if not isinstance(metadata, dict) or type(metadata["step"]) is not int or not isinstance(metadata["kind"], str):
+            raise ValueError("its metadata is not that of a snapshot")
+    except (SafetensorError, KeyError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not a snapshot of this stack ({error}); {ANOTHER}") from None
+    if strings.get("sha256") not in (None, _sha256(strings["config"], weights)):
+        raise UserError(f"{path}: damaged, its hash is another than when it was written; {ANOTHER}")
+    return Snapshot(path, metadata["step"], Metadata(path, metadata), weights)

@@ -12,11 +12,11 @@ from typing import Annotated, Any, Literal
 
 import torch
 from PIL.Image import Image
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from autoencoders.codec import Affine, Codec, Moments, draw, fingerprint
-from stack.config import Config, UserError
+from stack.config import Config, Location, Seed, UserError
 from stack.data.dataset import LatentBatch, LatentDataset
 from stack.flow.noise import Draws
 from stack.flow.process import Example, FlowConfig
@@ -24,6 +24,7 @@ from stack.models import captioned, convert
 from stack.models.captioned import CaptionNetwork
 from stack.models.flops import flops_per_sample
 from stack.models.mmdit import MMDiT, MMDiTConfig
+from stack.text import prompts
 from stack.text.conditioning import EncodedText, join
 from stack.text.encoders import TextConfig, TextEncoders, fingerprints
 from stack.train.objective import Losses
@@ -49,16 +50,22 @@ class DropoutConfig(Config):
 
 class PreviewConfig(SamplerConfig):
     prompts: tuple[str, ...] = ("a red circle",)
-    seed: int = 0
+    seed: Seed = 0
     size: tuple[int, int] = (32, 32)
     """(width, height) in pixels."""
+
+    @field_validator("prompts")
+    @classmethod
+    def _check_prompts(cls, texts: tuple[str, ...]) -> tuple[str, ...]:
+        prompts.check(texts)
+        return texts
 
 
 class TextToImageConfig(FlowConfig):
     kind: Literal["text_to_image"] = "text_to_image"
     model: captioned.NetworkConfig
     text: TextConfig
-    autoencoder: str
+    autoencoder: Location
     """Folder or hub id of the codec that made the latents."""
     dropout: DropoutConfig = DropoutConfig()
     guidance: float = 1.0
@@ -72,11 +79,12 @@ def encoder_fingerprints(text: TextConfig, autoencoder: str) -> dict[str, str]:
 
 def check_encoders(snap: Snapshot) -> TextConfig:
     """The text encoders of a snapshot. UserError where one of them, or the autoencoder, is not that of the training."""
-    text = TextConfig(**snap.metadata["text"])
-    for name, value in encoder_fingerprints(text, snap.metadata["autoencoder"]).items():
-        if snap.metadata["encoders"].get(name) != value:
+    text: TextConfig = snap.part(TextConfig, "text")
+    encoders = snap.part(dict[str, str], "encoders")
+    for name, value in encoder_fingerprints(text, snap.part(str, "autoencoder")).items():
+        if encoders.get(name) != value:
             raise UserError(
-                f"{snap.path}: trained with {name} {snap.metadata['encoders'].get(name)}, found {value}: "
+                f"{snap.path}: trained with {name} {encoders.get(name)}, found {value}: "
                 "restore the encoder that made the training data"
             )
     return text
@@ -105,7 +113,9 @@ class TextToImage:
         seed: int,
         device: torch.device,
         init: Path | None = None,
+        previews: bool = False,
     ):
+        """previews: whether `preview` will be called: its prompts are encoded here, before the model is built."""
         manifest = data.manifest
         self._encoders = encoder_fingerprints(config.text, config.autoencoder)
         manifest.check(data.folder, self._encoders, config.text)
@@ -127,6 +137,8 @@ class TextToImage:
         self._check_widths(config, manifest.empty_text)
         self._device = device
         self._sampler: Sampler | None = None
+        if previews:
+            self._texts = prompts.encode(config.preview.prompts, TextEncoders(config.text, device))
         self.network: nn.Module
         if init and isinstance(config.model, MMDiTConfig):
             self.network = _read(init, config.model)
@@ -181,16 +193,16 @@ class TextToImage:
         example = self._config.validation_example(latent_BCHW, noise_BCHW, batch.positions)
         return self._loss_B(network, batch, example)[0]
 
-    def preview(self, network: nn.Module) -> Image:
+    def preview(self, network: nn.Module, limit: int | None = None) -> Image:
         assert isinstance(network, CaptionNetwork)
         preview = self._config.preview
         if self._sampler is None:
             codec = Codec.load(self._config.autoencoder).to(self._device)
             self._sampler = Sampler(network, codec, self._config.text.pad, self._config)
-            self._texts = TextEncoders(self._config.text, self._device).encode(preview.prompts)
         self._sampler.network = network
-        images = self._sampler.sample(self._texts, preview.size, preview, range(len(preview.prompts)), preview.seed)
-        return contact_sheet(images, preview.prompts)
+        prompts = preview.prompts[:limit]
+        images = self._sampler.sample(self._texts[:limit], preview.size, preview, range(len(prompts)), preview.seed)
+        return contact_sheet(images, prompts)
 
     def metadata(self) -> dict[str, Any]:
         return {

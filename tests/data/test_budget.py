@@ -18,9 +18,8 @@ from stack.data.shards import index_shards
 REMEDY = "mend the shards or raise max_rejected"
 
 
-@pytest.fixture
-def shards(tmp_path, pack, sample, picture) -> Path:
-    """20 samples in two shards, each with one whose index tells that it is broken, and one whose pixels are cut."""
+def _write(folder: Path, pack, sample, picture, image: bytes, caption: bytes) -> Path:
+    """20 samples in two shards, each with one of this image and caption, and one whose pixels are cut."""
 
     def cut(key: str) -> list[tuple[str, bytes]]:
         members = dict(sample(key))
@@ -30,12 +29,25 @@ def shards(tmp_path, pack, sample, picture) -> Path:
     for number in range(2):
         keys = [f"{number}{letter}" for letter in "abcdefgh"]
         members = [member for key in keys for member in sample(key, 3)]
-        members += [(f"{number}no.png", picture(1)), (f"{number}no.txt", b" "), *cut(f"{number}cut")]
-        pack(tmp_path / "shards" / f"{number}.tar", members)
-    return tmp_path / "shards"
+        members += [(f"{number}no.png", image), (f"{number}no.txt", caption), *cut(f"{number}cut")]
+        pack(folder / f"{number}.tar", members)
+    return folder
+
+
+@pytest.fixture
+def shards(tmp_path, pack, sample, picture) -> Path:
+    """Of two samples the indices tell that they have no caption, which pre-encoding needs."""
+    return _write(tmp_path / "shards", pack, sample, picture, picture(1), b" ")
+
+
+@pytest.fixture
+def images(tmp_path, pack, sample, picture) -> Path:
+    """Of two samples the indices tell that they have no image, which training needs."""
+    return _write(tmp_path / "images", pack, sample, picture, b"no image", b"a caption")
 
 
 LISTED = {"0no": "empty caption", "1no": "empty caption", "0cut": "image not decodable", "1cut": "image not decodable"}
+OF_IMAGES = {**LISTED, "0no": "image not readable", "1no": "image not readable"}
 
 
 def kinds(rejected: dict[str, str]) -> dict[str, str]:
@@ -108,32 +120,35 @@ def train(mmdit, stage, shards: Path, run: Path, most: float, *overrides: str):
     return mmdit("train", stage.folder / "autoencoder.yaml", *options, "data.batch_size=4", *overrides)
 
 
-def test_below_the_budget_training_goes_on_and_lists_shard_key_and_reason(mmdit, stage, tmp_path, shards, listed):
-    done = train(mmdit, stage, shards, tmp_path / "run", 0.2, "schedule.steps=5")
+def test_below_the_budget_training_goes_on_and_lists_shard_key_and_reason(mmdit, stage, tmp_path, images, listed):
+    done = train(mmdit, stage, images, tmp_path / "run", 0.2, "schedule.steps=5")
     assert done.returncode == 0, done.stderr
-    assert kinds(listed(tmp_path / "run" / "rejected.jsonl")) == LISTED
-    train(mmdit, stage, shards, tmp_path / "run", 0.2, "schedule.steps=5")  # goes on, with nothing left to do
-    assert kinds(listed(tmp_path / "run" / "rejected.jsonl")) == LISTED
+    assert kinds(listed(tmp_path / "run" / "rejected.jsonl")) == OF_IMAGES
+    train(mmdit, stage, images, tmp_path / "run", 0.2, "schedule.steps=5")  # goes on, with nothing left to do
+    assert kinds(listed(tmp_path / "run" / "rejected.jsonl")) == OF_IMAGES
     shutil.rmtree(tmp_path / "run" / "checkpoints")
-    train(mmdit, stage, shards, tmp_path / "run", 0.2, "schedule.steps=1")  # begins anew
+    train(mmdit, stage, images, tmp_path / "run", 0.2, "schedule.steps=1")  # begins anew
     assert len(listed(tmp_path / "run" / "rejected.jsonl")) < 4
 
 
-def test_above_it_by_the_indices_alone_training_does_not_begin(mmdit, stage, tmp_path, shards, listed):
-    line = refusal(train(mmdit, stage, shards, tmp_path / "run", 0.05))
-    assert "2 of 20 samples are broken (2 × empty caption), more than max_rejected = 0.05" in line
+def test_above_it_by_the_indices_alone_training_does_not_begin(mmdit, stage, tmp_path, images, listed):
+    line = refusal(train(mmdit, stage, images, tmp_path / "run", 0.05))
+    assert "2 of 20 samples are broken (2 × image not readable), more than max_rejected = 0.05" in line
     assert tree(tmp_path / "run") == {".lock", "rejected.jsonl"}
-    assert kinds(listed(tmp_path / "run" / "rejected.jsonl")) == {"0no": "empty caption", "1no": "empty caption"}
+    assert kinds(listed(tmp_path / "run" / "rejected.jsonl")) == {
+        "0no": "image not readable",
+        "1no": "image not readable",
+    }
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_above_it_by_the_pixels_training_ends_with_one_line(workers, mmdit, stage, tmp_path, shards, listed):
+def test_above_it_by_the_pixels_training_ends_with_one_line(workers, mmdit, stage, tmp_path, images, listed):
     """From a loader's process too, whose traceback torch would put into the line."""
     options = (f"data.workers={workers}", "schedule.steps=5", "checkpoint.every=5")
-    line = refusal(train(mmdit, stage, shards, tmp_path / "run", 0.15, *options))
+    line = refusal(train(mmdit, stage, images, tmp_path / "run", 0.15, *options))
     assert "4 of 20 samples are broken" in line
     assert "image not decodable" in line
-    assert kinds(listed(tmp_path / "run" / "rejected.jsonl")) == LISTED
+    assert kinds(listed(tmp_path / "run" / "rejected.jsonl")) == OF_IMAGES
     assert not list((tmp_path / "run").rglob("COMPLETE"))
 
 
@@ -186,12 +201,14 @@ def test_a_list_above_the_budget_begins_anew_for_what_was_mended_since(tmp_path,
     assert not log.exists()
 
 
-def test_what_indices_reject_counts_on_every_rank(tmp_path, shards):
+def test_what_indices_reject_counts_on_every_rank(tmp_path, images):
     log = tmp_path / "rejected.jsonl"
     for _ in range(2):
-        data = life(shards, log, most=0.15)
+        data = life(images, log, most=0.15)
         assert len(log.read_text().splitlines()) == 2
-    with pytest.raises(UserError, match=r"4 of 20 samples are broken \(2 × empty caption, 2 × image not decodable\)"):
+    with pytest.raises(
+        UserError, match=r"4 of 20 samples are broken \(2 × image not readable, 2 × image not decodable\)"
+    ):
         list(data.loader(0, 5, 1, 2, 1)), list(data.loader(0, 5, 0, 2, 1))
 
 
@@ -206,8 +223,8 @@ def test_a_line_that_a_kill_cut_short_is_no_matter(tmp_path):
     assert not first.add("a.tar", "2", "no image")
 
 
-def test_the_image_that_stands_in_for_a_broken_one_is_called_by_its_own_name(tmp_path, shards):
-    config = ImageData(source=str(shards), batch_size=1, validation_share=0, max_rejected=1)
+def test_the_image_that_stands_in_for_a_broken_one_is_called_by_its_own_name(tmp_path, images):
+    config = ImageData(source=str(images), batch_size=1, validation_share=0, max_rejected=1)
     data = ImageDataset(config, seed=0, rejected=RejectLog(tmp_path / "rejected.jsonl"))
     keys = [batch.keys[0] for batch in data.loader(0, data.num_samples, 0, 1, 1)]
     assert len(keys) == 18

@@ -45,24 +45,25 @@ def test_raw_shards(tmp_path: Path) -> None:
     _shard(tmp_path / "1.tar", [((300, 200), "x" * 500)])
     facts = describe(tmp_path, rule=BucketConfig(resolution=64, step=16).rule())
     size = sum(path.stat().st_size for path in tmp_path.glob("*.tar"))
-    assert {name: facts[name] for name in ("shards", "samples", "bytes", "rejected", "damaged")} == {
+    assert {name: facts[name] for name in ("shards", "samples", "bytes", "rejected", "bad_captions", "damaged")} == {
         "shards": 2,
-        "samples": 3,
+        "samples": 4,
         "bytes": size,
-        "rejected": {"empty caption": 1},
+        "rejected": {},
+        "bad_captions": {"empty caption": 1},
         "damaged": {},
     }
-    assert facts["bytes_per_sample"] == size / 3
-    assert facts["samples_per_shard"] == {"min": 1, "median": 1, "mean": 1.5, "max": 2}
-    assert facts["width"] == {"min": 64, "median": 200, "mean": 188, "max": 300}
+    assert facts["bytes_per_sample"] == size / 4
+    assert facts["samples_per_shard"] == {"min": 1, "median": 1, "mean": 2, "max": 3}
+    assert facts["width"] == {"min": 64, "median": 100, "mean": 166, "max": 300}
     assert facts["height"]["median"] == 100
-    assert facts["shorter_side"] == [[64, 127, 2], [128, 255, 1]]
-    assert {name: count for name, count in facts["aspect_ratios"] if count} == {"1:1": 1, "3:2": 1, "2:1": 1}
+    assert facts["shorter_side"] == [[64, 127, 3], [128, 255, 1]]
+    assert {name: count for name, count in facts["aspect_ratios"] if count} == {"1:2": 1, "1:1": 1, "3:2": 1, "2:1": 1}
     assert facts["caption_unit"] == "characters"
-    assert facts["captions"]["txt"]["samples"] == 3
+    assert (facts["captions"]["txt"]["samples"], facts["captions"]["txt"]["absent"]) == (3, 1)
     assert facts["captions"]["txt"]["median"] == 8
-    assert {(w, h): n for w, h, n in facts["buckets"] if n} == {(64, 64): 1, (80, 48): 2}
-    assert facts["members"]["txt"] == {"samples": 3, "mean_bytes": 513 / 3}
+    assert {(w, h): n for w, h, n in facts["buckets"] if n} == {(64, 64): 1, (80, 48): 2, (48, 80): 1}
+    assert facts["members"]["txt"] == {"samples": 4, "mean_bytes": 513 / 4}
     assert json.loads(json.dumps(facts)) == facts
 
     for shard in tmp_path.glob("*.tar"):  # indices tell it all: no shard is opened
@@ -72,9 +73,9 @@ def test_raw_shards(tmp_path: Path) -> None:
     assert describe(tmp_path, rule=BucketConfig(resolution=64, step=16).rule()) == facts
 
     text = render(facts)
-    assert f"{tmp_path}: 3 raw samples in 2 shards" in text
-    assert "left out: 1 × empty caption" in text
-    assert "80×48  ratio 1.67  2   66.7 %" in text
+    assert f"{tmp_path}: 4 raw samples in 2 shards" in text
+    assert "caption not usable: 1 × empty caption" in text
+    assert "80×48  ratio 1.67  2   50.0 %" in text
     assert "caption txt: 5 – 8 – 500 (smallest, median, largest) characters" in text
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from launch.demo import Demo
+from stack.config import UserError
 
 ROOT = Path(__file__).parents[2]
 
@@ -64,6 +65,13 @@ def test_a_stage_that_was_stopped_keeps_its_time_and_goes_on(stage, tmp_path, ca
     capsys.readouterr()
     Demo(tmp_path).stage("index", arguments, tmp_path / "index")
     assert "index: finished before, skipped" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\x00", b"[]", b'{"draw": 1}', b'{"draw": {', b"[" * 100_000])
+def test_a_damaged_record_of_stages_is_named(tmp_path, content):
+    (tmp_path / "stages.json").write_bytes(content)
+    with pytest.raises(UserError, match=r"stages\.json: damaged; remove it"):
+        Demo(tmp_path)
 
 
 def test_a_number_is_measured_again_for_another_configuration(tmp_path):
