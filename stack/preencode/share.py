@@ -54,8 +54,8 @@ def _names(target: Path) -> _Names:
 class Share:
     """The shards of a job in the folder `out`, as one worker sees them.
 
-    finished: number of the shard → what its stats tell.  left: numbers of the others.  `on_found(number)` is called for
-    each shard that another worker has finished.
+    finished: number of the shard → what its stats tell.  left: numbers of the others.  existing: those of them with a
+    file in the folder at the start.  `on_found(number)` is called for each shard that another worker has finished.
 
     Raises UserError for a folder with shards of another mark.
     """
@@ -70,6 +70,7 @@ class Share:
         self._listed_at, self._pause = 0.0, 0.0
         out.mkdir(parents=True, exist_ok=True)
         self._read_finished(present := set(os.listdir(out)))
+        self.existing = [number for number in self.left if self._names[number].tar in present]
         own = {names.stats for names in self._names}
         others = [out / name for name in sorted(present) if name.endswith("_stats.json") and name not in own]
         for path, stats in zip(others, read_all(others), strict=True):

@@ -154,9 +154,9 @@ def test_who_was_suspended_until_taken_for_dead_does_not_publish(tmp_path, monke
         (tmp_path / ".claims" / f"{shard:05}").unlink()  # by another one of the same job
         assert not job.may_publish(shard)
         shutil.rmtree(tmp_path / ".claims")
-        with share(tmp_path, dtype="float32").working():
-            with pytest.raises(UserError, match="dtype is 'float32' there, 'bfloat16' here"):
-                job.may_publish(shard)
+        refused = pytest.raises(UserError, match="dtype is 'float32' there, 'bfloat16' here")
+        with share(tmp_path, dtype="float32").working(), refused:
+            job.may_publish(shard)
         turns.close()
 
 
