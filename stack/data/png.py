@@ -25,12 +25,15 @@ _MAX_CHUNK = 2**24  # bytes of a chunk beside the pixels that is read for the si
 _PIXELS = frozenset({b"IHDR", b"PLTE", b"tRNS", b"IDAT"})
 _COLOURS = frozenset({b"iCCP", b"gAMA", b"cHRM", b"sRGB", b"cICP"})
 _TEXTS = frozenset({b"tEXt", b"zTXt", b"iTXt"})
+_ANYWHERE = _TEXTS | {b"eXIf", b"IDAT"}
+_BEFORE_PIXELS = _PIXELS | _COLOURS | _ANYWHERE
 _KEPT_TEXTS = {  # keyword → key of `info`, as Pillow names them
     b"exif": "exif",
     b"Raw profile type exif": "Raw profile type exif",
     b"Raw profile type APP1": "Raw profile type APP1",
     b"XML:com.adobe.xmp": "xmp",
 }
+_is_name = re.compile(rb"\w{4}").fullmatch
 _BAND = 64  # rows of 16-bit samples that are converted at once
 
 
@@ -50,16 +53,17 @@ def open_png(file: IO[bytes], pixels: bool) -> Image.Image:
     """
     file.seek(len(MAGIC))
     kept, info = [MAGIC], dict[str, Any](unread=[])
-    key, before_pixels = b"", True
+    key, useful = b"", _BEFORE_PIXELS
     while len(head := file.read(8)) == 8:
         length, kind = int.from_bytes(head[:4], "big"), head[4:]
-        if not re.fullmatch(rb"\w{4}", kind):
-            raise DamagedError(f"broken PNG file (chunk {kind!r})")
         if kind == b"IEND":
             break
-        used = kind == b"eXIf" or kind in _TEXTS or (before_pixels and kind in _PIXELS | _COLOURS) or kind == b"IDAT"
-        before_pixels &= kind != b"IDAT"
-        if not pixels and (kind == b"IDAT" or not used or length > _MAX_CHUNK):
+        if kind == b"IDAT":
+            useful = _ANYWHERE
+        used = kind in useful
+        if not used and not _is_name(kind):
+            raise DamagedError(f"broken PNG file (chunk {kind!r})")
+        if not pixels and (not used or kind == b"IDAT" or length > _MAX_CHUNK):
             file.seek(length + 4, io.SEEK_CUR)
             continue
         data, check = file.read(length), file.read(4)
