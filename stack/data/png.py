@@ -31,7 +31,7 @@ _KEPT_TEXTS = {  # keyword → key of `info`, as Pillow names them
     b"exif": "exif",
     b"Raw profile type exif": "Raw profile type exif",
     b"Raw profile type APP1": "Raw profile type APP1",
-    b"XML:com.adobe.xmp": "xmp",
+    b"XML:com.adobe.xmp": "XML:com.adobe.xmp",
 }
 _is_name = re.compile(rb"\w{4}").fullmatch
 _BAND = 64  # rows of 16-bit samples that are converted at once
@@ -44,10 +44,10 @@ class DamagedError(ValueError):
 def open_png(file: IO[bytes], pixels: bool) -> Image.Image:
     """Open a PNG with Pillow. Its pixels can only be loaded if `pixels` is true; they are skipped otherwise.
 
-    `info` has Pillow's keys for colour and orientation (icc_profile, gamma, chromaticity, srgb, transparency, exif,
-    xmp, "Raw profile type exif"), and beside them cicp, "Raw profile type APP1", depth (bits per sample), grey (whether
-    the samples are grey) and unread (names of the texts that are broken or larger than `MAX_UNPACKED`). A transparent
-    colour is scaled as Pillow scales the samples.
+    `info` has Pillow's keys for colour and orientation: icc_profile, gamma, chromaticity, srgb, transparency, exif,
+    "XML:com.adobe.xmp", "Raw profile type exif". It also has cicp, "Raw profile type APP1", depth (bits per sample),
+    grey (whether the samples are grey), and unread (names of the texts that are broken or larger than `MAX_UNPACKED`).
+    A transparent colour is scaled as Pillow scales the samples.
 
     Raises DamagedError, and whatever Pillow raises.
     """
@@ -151,7 +151,7 @@ def _add_text(kind: bytes, data: bytes, info: dict[str, Any]) -> None:
     if unpacked is None or len(unpacked) > MAX_UNPACKED:
         info["unread"].append(keyword.decode())
     else:
-        info[name] = unpacked.decode("latin-1") if name.startswith("Raw") else unpacked
+        info[name] = unpacked if name == "exif" else unpacked.decode("latin-1")
 
 
 def _unpack(data: bytes) -> bytes | None:
