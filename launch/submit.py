@@ -21,6 +21,7 @@ from __future__ import annotations
 import importlib
 import io
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -75,6 +76,13 @@ class Resources(Config):
 
     @model_validator(mode="after")
     def _check(self) -> Resources:
+        texts = [self.partition, self.account, self.qos, *self.sbatch, *self.sbatch.values()]
+        for text in texts:  # each is a line of the batch script, and what follows a line break would run there
+            if isinstance(text, str) and not text.isprintable():
+                raise ValueError(f"{text!r}: a line break or another control character in an option of sbatch")
+        for name in self.sbatch:
+            if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", name):
+                raise ValueError(f"sbatch: {name!r} is not the name of an option")
         if self.timeout_min is not None and self.signal_delay_s >= 60 * self.timeout_min:
             raise ValueError(
                 f"timeout_min={self.timeout_min} leaves no time before the signal, which comes "
@@ -293,6 +301,8 @@ def _executor(folder: Path, resources: Resources, name: str, slot: int) -> Any:
             signal_delay_s=r.signal_delay_s,
         )
         return local
+    if found := re.search(r"[%\\\0-\x1f\x7f]", str(folder.absolute())):
+        raise UserError(f"{str(folder)!r}: sbatch cannot write logs into a folder with {found[0]!r} in its path")
     slurm = submitit.SlurmExecutor(folder, max_num_timeout=LIVES)
     cpus = [f"--cpus-per-task={r.cpus_per_task}"] if r.cpus_per_task else []  # srun no longer takes sbatch's
     wanted = {

@@ -44,7 +44,8 @@ def train(config: TrainConfig) -> bool:
 
     Needs the process group (`stack.dist.init`). Raises UserError for what the user can mend, NonFiniteError.
     """
-    run, seed, size = config.run.dir, config.run.seed, config.data.batch_size
+    run = config.run.dir.resolve()  # a symbolic link on the way may be pointed at another run meanwhile
+    seed, size = config.run.seed, config.data.batch_size
     accumulate, device = config.parallel.accumulate, dist.device()
     check(config, device)
     total = steps_of(config.schedule.steps, size)
@@ -54,7 +55,7 @@ def train(config: TrainConfig) -> bool:
         _refuse_another_run(run, config)
         checkpoints = Checkpoints(run, config.checkpoint, keep_every)
         state = checkpoints.newest()
-        data, objective = _build(config, device, begin=state is None)
+        data, objective = _build(config, run, device, begin=state is None)
         check_division(size, dist.world_size(), accumulate)
         averaged = copy.deepcopy(objective.network) if dist.rank() == 0 else None
         configure(objective.network, config.compute)  # not the copy, which computes as readers of snapshots do
@@ -161,9 +162,9 @@ def _sole_user(run: Path) -> Iterator[None]:
         time.sleep(0.5)
 
 
-def _build(config: TrainConfig, device: torch.device, begin: bool) -> tuple[ShardData, Objective]:
+def _build(config: TrainConfig, run: Path, device: torch.device, begin: bool) -> tuple[ShardData, Objective]:
     """Rank 0 first: it writes indices that are missing, and of a run that begins the list of broken samples anew."""
-    path = config.run.dir / "rejected.jsonl"
+    path = run / "rejected.jsonl"
     rejected = RejectLog(path)
     if dist.rank() != 0:
         dist.barrier()
