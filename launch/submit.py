@@ -46,6 +46,8 @@ PROGRESS = {"train": "checkpoints/*/COMPLETE", "preencode": "*.tar", "evaluate":
 MAX_STALLS = 3  # requeues in a row without progress after which a job fails
 LIVES = 1_000_000  # submitit counts every signal of a short job as a time-out; on Slurm MAX_STALLS alone ends a job
 LOCAL_MINUTES = 7 * 24 * 60  # submitit wants a time limit on this machine, too
+MAX_RETRIES = 3  # of a command that ends with exit code 1, each task for itself: ranks meet again at their address
+RETRY_S = 10.0
 LAST_LINES = 20  # of the command's log, in the exception of a failed job
 
 
@@ -133,9 +135,15 @@ class Command:
         self._before = self._progress()
         log, main = job.paths.stderr, job.global_rank == 0
         start = log.stat().st_size if log.exists() else 0
-        code, signals = _run(self.arguments, _variables(job), self.grace_s)
-        if code == 0:
-            return
+        variables = _variables(job)
+        for left in reversed(range(MAX_RETRIES + 1)):
+            code, signals = _run(self.arguments, variables, self.grace_s)
+            if code == 0:
+                return
+            if code != 1 or signals or not left:  # 1: it may pass, as an error of the network or a shared folder does
+                break
+            print(f"mmdit: exit code 1: again ({MAX_RETRIES - left + 1} of {MAX_RETRIES})", file=sys.stderr, flush=True)
+            time.sleep(RETRY_S)
         if code == 2 or not (code == STOPPED or signals):
             if job.cluster == "local" and job.num_tasks > 1 and os.getppid() == int(job.job_id):
                 os.kill(os.getppid(), signal.SIGTERM)  # submitit would leave the other tasks in their collective
