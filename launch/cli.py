@@ -5,8 +5,10 @@ from __future__ import annotations
 import atexit
 import faulthandler
 import importlib
+import io
 import os
 import sys
+import traceback
 
 import click
 
@@ -56,7 +58,9 @@ def run(arguments: list[str] | None = None) -> int:
         click.echo("mmdit: stopped", err=True)
         return 130
     except click.ClickException as error:
-        error.show()
+        shown = io.StringIO()
+        error.show(shown)
+        click.echo(redact(shown.getvalue()), nl=False, err=True)
         return error.exit_code
     except (UserError, OSError) as error:
         click.echo(f"mmdit: {_line(error)}", err=True)
@@ -75,7 +79,11 @@ def main() -> None:
     for stream in filter(None, (sys.stdout, sys.stderr)):
         stream.reconfigure(errors="backslashreplace")  # the locale's encoding may be ASCII
     faulthandler.enable()  # a shard that is cut while it is mapped ends the process by SIGBUS: say where it was read
-    code = run()
+    try:
+        code = run()
+    except Exception:
+        click.echo(redact(traceback.format_exc()), nl=False, err=True)
+        code = 1
     record_exit(code)
     if code in (0, STOPPED):
         atexit._run_exitfuncs()

@@ -58,9 +58,9 @@ def is_rank() -> bool:
 
     Raises UserError where Slurm's commands do not say on which address rank 0 is found.
     """
-    if "RANK" not in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+    if not os.environ.get("RANK") and int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
         os.environ.update(slurm_rank())
-    return "RANK" in os.environ
+    return bool(os.environ.get("RANK"))
 
 
 def slurm_rank() -> dict[str, str]:

@@ -86,7 +86,7 @@ def _watch(
         if step is not None:
             raise UserError("--watch evaluates every snapshot: leave out --step")
         try:
-            failed = watch(run, load(EvaluationConfig, asked, nll_keys), overrides, 3600 * patience)
+            failed = watch(run.resolve(), load(EvaluationConfig, asked, nll_keys), overrides, 3600 * patience)
         except Stopped:
             raise click.exceptions.Exit(EXIT_CODE) from None
     if failed:

@@ -31,6 +31,7 @@ def command(config: Path, overrides: tuple[str, ...], verify: int | None) -> Non
     from stack.preencode.job import PreencodeConfig, preencode
 
     resolved = configuration.load(PreencodeConfig, config, overrides)
+    resolved = resolved.model_copy(update={"out": resolved.out.resolve()})  # a link may be pointed elsewhere meanwhile
     if verify is not None:
         _verify(resolved, verify)
         return

@@ -21,6 +21,7 @@ from __future__ import annotations
 import importlib
 import io
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -45,6 +46,8 @@ PROGRESS = {"train": "checkpoints/*/COMPLETE", "preencode": "*.tar", "evaluate":
 MAX_STALLS = 3  # requeues in a row without progress after which a job fails
 LIVES = 1_000_000  # submitit counts every signal of a short job as a time-out; on Slurm MAX_STALLS alone ends a job
 LOCAL_MINUTES = 7 * 24 * 60  # submitit wants a time limit on this machine, too
+MAX_RETRIES = 3  # of a command that ends with exit code 1, each task for itself: ranks meet again at their address
+RETRY_S = 10.0
 LAST_LINES = 20  # of the command's log, in the exception of a failed job
 
 
@@ -75,6 +78,13 @@ class Resources(Config):
 
     @model_validator(mode="after")
     def _check(self) -> Resources:
+        texts = [self.partition, self.account, self.qos, *self.sbatch, *self.sbatch.values()]
+        for text in texts:  # each is a line of the batch script, and what follows a line break would run there
+            if isinstance(text, str) and not text.isprintable():
+                raise ValueError(f"{text!r}: a line break or another control character in an option of sbatch")
+        for name in self.sbatch:
+            if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", name):
+                raise ValueError(f"sbatch: {name!r} is not the name of an option")
         if self.timeout_min is not None and self.signal_delay_s >= 60 * self.timeout_min:
             raise ValueError(
                 f"timeout_min={self.timeout_min} leaves no time before the signal, which comes "
@@ -125,9 +135,15 @@ class Command:
         self._before = self._progress()
         log, main = job.paths.stderr, job.global_rank == 0
         start = log.stat().st_size if log.exists() else 0
-        code, signals = _run(self.arguments, _variables(job), self.grace_s)
-        if code == 0:
-            return
+        variables = _variables(job)
+        for left in reversed(range(MAX_RETRIES + 1)):
+            code, signals = _run(self.arguments, variables, self.grace_s)
+            if code == 0:
+                return
+            if code != 1 or signals or not left:  # 1: it may pass, as an error of the network or a shared folder does
+                break
+            print(f"mmdit: exit code 1: again ({MAX_RETRIES - left + 1} of {MAX_RETRIES})", file=sys.stderr, flush=True)
+            time.sleep(RETRY_S)
         if code == 2 or not (code == STOPPED or signals):
             if job.cluster == "local" and job.num_tasks > 1 and os.getppid() == int(job.job_id):
                 os.kill(os.getppid(), signal.SIGTERM)  # submitit would leave the other tasks in their collective
@@ -293,6 +309,8 @@ def _executor(folder: Path, resources: Resources, name: str, slot: int) -> Any:
             signal_delay_s=r.signal_delay_s,
         )
         return local
+    if found := re.search(r"[%\\\0-\x1f\x7f]", str(folder.absolute())):
+        raise UserError(f"{str(folder)!r}: sbatch cannot write logs into a folder with {found[0]!r} in its path")
     slurm = submitit.SlurmExecutor(folder, max_num_timeout=LIVES)
     cpus = [f"--cpus-per-task={r.cpus_per_task}"] if r.cpus_per_task else []  # srun no longer takes sbatch's
     wanted = {

@@ -10,7 +10,7 @@ set -u
 # As scontrol names this job: a bare number would be all tasks of an array.
 job=${SLURM_ARRAY_TASK_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
 job=${job:-$SLURM_JOB_ID}
-logs=slurm/logs/$SLURM_JOB_NAME-$job
+logs=slurm/logs/${SLURM_JOB_NAME//[^A-Za-z0-9._-]/_}-$job # srun expands % in it
 signalled='' # whether this shell was
 step=''      # srun's process
 
@@ -48,6 +48,8 @@ ask_to_stop() {
 # the step again, MAX_RETRIES times.
 run() {
     local tasks=${SLURM_GPUS_ON_NODE:-${SLURM_NTASKS_PER_NODE:-1}} failures=0 code rank=0
+    local shown # without passwords and tokens of URLs: the job's log is for everyone
+    shown=$(PYTHONIOENCODING=utf-8 python -m stack.shown mmdit "$@" 2>/dev/null) || shown="mmdit $1 …"
     local unsaved=$logs.unsaved # a line for each life that was asked to stop and did not save
     local cpus=${SLURM_CPUS_PER_TASK:-${SLURM_CPUS_PER_GPU:-}}
     local srun=(srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$((SLURM_JOB_NUM_NODES * tasks))"
@@ -65,7 +67,7 @@ run() {
     trap 'ask_to_stop' USR1 USR2 TERM # --signal= and preemption reach this shell alone
     while :; do
         rm -f "$MMDIT_FIRST_EXIT"
-        say "mmdit $* on $SLURM_JOB_NODELIST, $tasks a node; ranks' logs: $logs-*.log"
+        say "$shown on $SLURM_JOB_NODELIST, $tasks a node; ranks' logs: $logs-*.log"
         "${srun[@]}" python -m launch.cli "$@" &
         step=$!
         if [ "$signalled" ]; then # it came between two steps; srun is deaf at first

@@ -56,8 +56,8 @@ def local_path(text: str) -> Path:
     """The path `text` with its `~` expanded. Raises ValueError for what only a shell expands, and for URLs."""
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:/", text):  # it would be a folder here, with a password in its name
         raise ValueError("a URL, expected a path on this machine")
-    if not text.strip() or "\0" in text:
-        raise ValueError("expected a path")
+    if not text.strip() or re.search(r"[\0-\x1f\x7f]", text):
+        raise ValueError("expected a path, without line breaks and other control characters")
     if found := re.search(r"\$[({]?|`", text):
         raise ValueError(
             f"{found[0]!r} is not expanded in a path: write the path itself, or let the shell expand it (outside '…')"

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+import shlex
+import sys
+from collections.abc import Sequence
 from typing import Any
 
 
@@ -44,6 +47,15 @@ def is_redacted(text: str) -> bool:
     return ":/***@" in text or "://***@" in text or "?***" in text
 
 
+def command_line(words: Sequence[str]) -> str:
+    """`words` as a shell reads them, on one line and without the secrets of URLs."""
+    return printable(shlex.join(map(redact, words)))
+
+
 def printable(text: str) -> str:
     """`text` with all that ends a line, moves the cursor or is no character as an escape: \\n, \\x1b, \\udcff."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+if __name__ == "__main__":  # for slurm/job.sh
+    print(command_line(sys.argv[1:]))

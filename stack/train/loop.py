@@ -61,7 +61,8 @@ def train(config: TrainConfig) -> bool:
 
     Needs the process group (`stack.dist.init`). Raises UserError for what the user can mend, NonFiniteError.
     """
-    run, seed, size = config.run.dir, config.run.seed, config.data.batch_size
+    run = config.run.dir.resolve()  # a symbolic link on the way may be pointed at another run meanwhile
+    seed, size = config.run.seed, config.data.batch_size
     accumulate, device = config.parallel.accumulate, dist.device()
     check(config, device)
     total = steps_of(config.schedule.steps, size)
@@ -71,7 +72,7 @@ def train(config: TrainConfig) -> bool:
         checkpoints = Checkpoints(run, config.checkpoint, keep_every)
         state = checkpoints.newest(_Record)
         identity.check_settings(run, config, state)
-        data, objective = _build(config, device, state)
+        data, objective = _build(config, run, device, state)
         encoders = objective.metadata().get("encoders")
         init = identity.check_inputs(run, config, state, encoders)
         check_division(size, dist.world_size(), accumulate)
@@ -206,15 +207,17 @@ def _sole_user(run: Path) -> Iterator[None]:
         time.sleep(0.5)
 
 
-def _build(config: TrainConfig, device: torch.device, state: dict[str, Any] | None) -> tuple[ShardData, Objective]:
+def _build(
+    config: TrainConfig, run: Path, device: torch.device, state: dict[str, Any] | None
+) -> tuple[ShardData, Objective]:
     """Rank 0 first: it writes indices that are missing, and of a run that begins the list of broken samples anew."""
-    path = config.run.dir / "rejected.jsonl"
+    path = run / "rejected.jsonl"
     rejected = RejectLog(path)
     if dist.rank() != 0:
         dist.barrier()
     elif state is None or path.is_symlink():
         rejected.clear()
-    accept = identity.check_data(config.run.dir, config, state)
+    accept = identity.check_data(run, config, state)
     data, objective = build(config, device, rejected, state is None, accept, previews=dist.rank() == 0)
     if dist.rank() == 0:
         dist.barrier()

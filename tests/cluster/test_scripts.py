@@ -60,6 +60,7 @@ def batch(tmp_path):
     repository = tmp_path / "repository"
     shutil.copytree(ROOT / "slurm", repository / "slurm", ignore=shutil.ignore_patterns("logs"))
     (repository / "slurm" / "logs").mkdir()
+    (repository / "stack").symlink_to(ROOT / "stack")
     (repository / ".venv" / "bin").mkdir(parents=True)
     (repository / ".venv" / "bin" / "activate").touch()
 
@@ -159,6 +160,21 @@ def test_a_signal_to_all_processes_of_the_script_leaves_it_to_be_requeued(batch,
     )
     done, calls = batch("train_mmdit", ends=[85])
     assert (done.returncode, calls[-1]) == (85, "scontrol requeue 7"), done.stderr
+
+
+def test_secrets_of_urls_are_not_in_the_job_s_log(batch):
+    url, single = "https://user:secret@host/{0..9}.tar?token=secret", "s3:/key:secret@bucket/x"
+    done, calls = batch("preencode", "configs/x.yaml", f"source={url}", f"out={single}", "name=$(touch ran)\nx")
+    assert done.returncode == 0, done.stderr
+    assert f"source={url} out={single}" in calls[0]  # the rank needs them
+    assert "secret" not in done.stdout + done.stderr
+    assert "mmdit preencode configs/x.yaml 'source=https://***@host/{0..9}.tar?***'" in done.stdout
+    assert len(done.stdout.splitlines()) == 1
+
+
+def test_a_job_s_name_is_no_pattern_of_srun(batch):
+    _, calls = batch("preencode", SLURM_JOB_NAME="a/%j b", SLURM_JOB_NUM_NODES="1")
+    assert "--output=slurm/logs/a__j_b-7-%t.log" in calls[0]
 
 
 def test_a_failure_is_tried_again(batch):

@@ -138,6 +138,26 @@ def test_a_folder_in_use(mmdit, stage, tmp_path):
         refused(mmdit("train", config), "another process is training in this folder")
 
 
+def test_a_link_that_is_pointed_at_another_run(stage, training, tmp_path):
+    """While a run lives: its checkpoints and their retention stay in its own folder."""
+    own, other, link = tmp_path / "own", tmp_path / "other", tmp_path / "link"
+    for folder in (own, other):
+        folder.mkdir()
+    link.symlink_to(own)
+    (other / "checkpoints" / "00000001").mkdir(parents=True)
+    (other / "checkpoints" / "00000001" / "COMPLETE").write_text("{}")
+    keeping = {"every": 5, "keep": 1}
+    sections = {"run": {"dir": str(link)}, "schedule": {"steps": 60}, "checkpoint": keeping}
+    run = training(stage.train_config("linked", **sections), 1)
+    run.wait_for_step(2)
+    link.unlink()
+    link.symlink_to(other)
+    run.finish()
+    assert [path.name for path in other.rglob("*")] == ["checkpoints", "00000001", "COMPLETE"]
+    assert (own / "checkpoints" / "00000060" / "COMPLETE").exists()
+    assert (own / "snapshots" / "00000060.safetensors").exists()
+
+
 def test_a_preview_that_the_model_cannot_draw(mmdit, stage, tmp_path):
     config = stage.train_config("large", run={"dir": str(tmp_path / "run")})
     refused(mmdit("train", config, "objective.preview.size=[32,4096]"), "32×4096", "position table ends at")

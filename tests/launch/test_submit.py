@@ -142,6 +142,30 @@ def test_a_command_that_fails_is_a_job_that_fails_with_its_last_line(stage, mmdi
         job.results()
 
 
+ZERO_1 = {"engine": "zero", "zero_stage": 1}
+FAIL_ONCE = """
+import os, sys
+if "launch.cli" in sys.orig_argv:
+    try:
+        open(os.path.join(os.path.dirname(__file__), f"failed-{os.environ.get('RANK')}"), "x").close()
+    except FileExistsError:
+        pass
+    else:
+        os._exit(1)
+"""
+
+
+def test_a_failure_that_may_pass_is_tried_again(stage, tmp_path, monkeypatch):
+    """Each task's command fails once; both ranks then meet."""
+    (tmp_path / "sitecustomize.py").write_text(FAIL_ONCE)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")
+    command = prepare("train", str(stage.train_config("submit-passing", schedule={"steps": 2}, parallel=ZERO_1)))
+    (job,) = submit([command], TWO, command.folder / "jobs")
+    assert ended(job) == State("finished")
+    assert {path.name for path in tmp_path.glob("failed-*")} == {"failed-0", "failed-1"}
+    assert job.task(0).stderr().count("exit code 1: again (1 of 3)") == 1
+
+
 def test_a_job_that_ends_while_it_is_looked_at_has_finished(stage, monkeypatch):
     config = stage.train_config("submit-end", schedule={"steps": 2})
     command = prepare("train", str(config))
