@@ -86,7 +86,7 @@ def train(config: TrainConfig) -> bool:
             checkpoints.load(state, engine, ema)
             say(f"{run}: going on after step {state['step']}")
         start = state["step"] if state else 0
-        with origin.beginning(run, start, lambda: origin.fingerprint(config, data, encoders)):
+        with origin.beginning(run, start, lambda: origin.fingerprint(config, data.shards.fingerprint(), encoders)):
             _write_config(run, config)
         guard = Guard(config.run.max_nonfinite, *((state["skipped"], state["in_a_row"]) if state else (0, 0)))
         sums = Sums(state["sums"] if state else None)

@@ -19,30 +19,40 @@ from typing import Any
 from stack import config as configuration
 from stack import dist
 from stack.config import Config
-from stack.data.dataset import ShardData, weights_of
+from stack.data.dataset import weights_of
 from stack.files import publish
 from stack.log import say
 
-_SECTIONS = ("objective", "init", "compute", "optim", "schedule", "parallel", "ema")
-_PLACES = {"path", "source", "index", "cache", "workers", "max_rejected"}  # of the data: where it is, not what it is
+_SECTIONS = ("objective", "data", "compute", "optim", "schedule", "parallel", "ema")
+_PLACES: dict[str, set[str]] = {  # keys that name where something is, and not what it is
+    "data": {"path", "source", "index", "cache", "workers", "max_rejected"},
+    "objective": {"autoencoder"},
+    "text": {"t5", "clip_l", "clip_g"},
+}
 _MAX_HEADER = 100_000_000  # bytes, safetensors' own limit
 _RECORDS = ("metrics.jsonl", "keys.jsonl", "wandb.json")
 
 
-def fingerprint(config: Config, data: ShardData, encoders: Mapping[str, str] | None) -> str:
+def fingerprint(config: Config, data: str, encoders: Mapping[str, str] | None) -> str:
     """The origin of the training that `config` (a `TrainConfig`) describes.
 
-    encoders: fingerprints of the autoencoder and the text encoders.
+    data, encoders: fingerprints of the shards, the autoencoder and the text encoders, whose paths do not matter.
     """
     values = configuration.public(config)
-    start = {name: _signature(Path(path)) for name, path in values["init"].items()}
-    of_data = {key: value for key, value in values["data"].items() if key not in _PLACES}
     mixture = values["data"].get("path") or values["data"].get("source")
+    found = {name: _without_places(name, values[name]) for name in _SECTIONS}
+    if "text" in found["objective"]:
+        found["objective"]["text"] = _without_places("text", found["objective"]["text"])
     return configuration.fingerprint_of(
-        {name: values[name] for name in _SECTIONS}
-        | {"seed": values["run"]["seed"], "data": of_data, "weights": list(weights_of(mixture).values())}
-        | {"shards": data.shards.fingerprint(), "encoders": encoders, "init": start, "code": _code()}
+        found
+        | {"seed": values["run"]["seed"], "weights": list(weights_of(mixture).values())}
+        | {"shards": data, "encoders": encoders, "init": [_signature(Path(path)) for path in values["init"].values()]}
+        | {"code": _code()}
     )[:16]
+
+
+def _without_places(section: str, values: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if key not in _PLACES.get(section, ())}
 
 
 def _signature(path: Path) -> list[list[Any]]:
