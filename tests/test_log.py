@@ -6,7 +6,7 @@ import stat
 import pytest
 
 from stack.files import publish
-from stack.log import LogConfig, Metrics, progress, read_metrics
+from stack.log import LogConfig, Metrics, Tracker, progress, read_metrics
 
 
 def test_publish_is_all_or_nothing(tmp_path):
@@ -36,6 +36,26 @@ def test_wandb_mirrors_offline_and_keeps_its_id(tmp_path):
     metrics.close()
     assert metrics.run_id == "kept0001"
     assert list((tmp_path / "wandb").glob("offline-run-*kept0001"))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"\xff\xfe{]", b'{"id": ', b"7", b"[]", b"null", b"{}", b'{"id": 7}', b'{"id": ""}', b'{"id": "a/b"}'],
+)
+def test_a_damaged_id_of_wandb_begins_a_new_run(tmp_path, capsys, content):
+    (tmp_path / "wandb.json").write_bytes(content)
+    assert Tracker.join(tmp_path, LogConfig(wandb="offline")) is None
+    assert "wandb.json" in capsys.readouterr().err
+
+
+def test_a_folder_in_place_of_the_id_of_wandb_ends_nothing(tmp_path, capsys):
+    (tmp_path / "wandb.json").mkdir()
+    metrics = Metrics(tmp_path, LogConfig(wandb="offline"), resume_step=0, run_id=None, values={})
+    metrics.write({"step": 1, "loss": 2.0})
+    metrics.close()
+    assert metrics.run_id is not None
+    assert list((tmp_path / "wandb").glob(f"offline-run-*{metrics.run_id}"))
+    assert "wandb.json" in capsys.readouterr().err
 
 
 def test_plain_lines_where_there_is_no_terminal(capsys):

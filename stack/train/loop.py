@@ -297,6 +297,8 @@ def _write_config(run: Path, config: TrainConfig) -> None:
         except OSError as error:
             if is_users(error):
                 raise
+            if path.is_file() and path.read_bytes() == text.encode():
+                return ""  # of the life before
             say(f"{path} cannot be written: {error}")
             return str(error)
         return ""

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from stack.config import UserError
+from stack.files import temporary_name
 from stack.parallel.ema import Ema, EmaConfig
 from stack.parallel.engine import LocalEngine, OptimConfig, ParallelConfig
 from stack.train import checkpoint
@@ -196,3 +197,127 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     other, other_ema = trained(seed=1, steps=0, width=16)
     with pytest.raises(UserError, match="another model"):
         store.load(store.newest(), other, other_ema)
+
+
+def tree(run: Path) -> list[str]:
+    return sorted(str(path.relative_to(run)) for path in (run / "checkpoints").rglob("*"))
+
+
+@pytest.mark.parametrize("name", ["COMPLETE", "rank-00000.safetensors", ""])
+@pytest.mark.parametrize("damaged_too", [False, True])
+def test_a_checkpoint_that_cannot_be_read_is_not_passed_over(tmp_path, name, damaged_too):
+    """A link to itself fails as a file system does that is away: neither there nor not there."""
+    engine, ema = trained(seed=1)
+    store = checkpoints(tmp_path, keep=5)
+    for step in (3, 6, 9):
+        save(store, step, engine, ema)
+    if damaged_too:
+        (tmp_path / "checkpoints" / "00000009" / "COMPLETE").write_bytes(b"{")
+    before = tree(tmp_path)
+    path = tmp_path / "checkpoints" / "00000006" / name
+    path.rename(tmp_path / "aside")
+    path.symlink_to(path.name)
+    store = checkpoints(tmp_path)
+    if damaged_too:
+        with pytest.raises(OSError, match=r"00000006.*start again when.*start over"):
+            store.newest()
+    else:
+        assert store.newest()["step"] == 9
+    path.unlink()
+    (tmp_path / "aside").rename(path)
+    assert tree(tmp_path) == before
+    assert store.newest()["step"] == (6 if damaged_too else 9)
+
+
+@pytest.mark.parametrize("name", ["COMPLETE", "rank-00000.safetensors"])
+def test_checkpoints_of_which_none_can_be_used_are_no_empty_folder(tmp_path, name):
+    engine, ema = trained(seed=1)
+    store = checkpoints(tmp_path)
+    save(store, 3, engine, ema)
+    save(store, 6, engine, ema)
+    for step in (3, 6):
+        path = tmp_path / "checkpoints" / f"{step:08d}" / name
+        path.rename(path.with_suffix(".eio"))
+    before = tree(tmp_path)
+    with pytest.raises(OSError, match=r"none of its checkpoints can be used \(steps 3, 6\).*start over.*remove"):
+        checkpoints(tmp_path).newest()
+    assert tree(tmp_path) == before
+    shutil.rmtree(tmp_path / "checkpoints")  # the user's word to start over
+    assert checkpoints(tmp_path).newest() is None
+
+
+def test_a_folder_of_checkpoints_that_is_away_is_no_run_without_any(tmp_path):
+    """A mount point without its file system, and a link to a disk that is away."""
+    (tmp_path / "metrics.jsonl").write_text('{"step": 7, "checkpoint": 5}\n{"step": 8, "val_loss": 1.0}\n')
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(OSError, match=r"is empty, but had a checkpoint of step 5"):
+        checkpoints(tmp_path).newest()
+    (tmp_path / "metrics.jsonl").write_text('{"step": 7, "loss": 1.0}\n')  # none was saved yet
+    assert checkpoints(tmp_path).newest() is None
+    (tmp_path / "checkpoints").rmdir()
+    (tmp_path / "checkpoints").symlink_to(tmp_path / "scratch")
+    with pytest.raises(OSError, match="a link to a folder that is not there"):
+        checkpoints(tmp_path).newest()
+
+
+def test_a_damaged_checkpoint_is_neither_kept_for_a_good_one_nor_removed_before_a_newer_one_is(tmp_path):
+    engine, ema = trained(seed=1)
+    store = checkpoints(tmp_path, keep=2)
+    save(store, 3, engine, ema)
+    save(store, 6, engine, ema)
+    file = tmp_path / "checkpoints" / "00000006" / "rank-00000.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    store = checkpoints(tmp_path, keep=2)
+    assert store.newest()["step"] == 3
+    for step, there in ((4, [3, 4, 6]), (5, [4, 5, 6]), (7, [5, 7])):
+        save(store, step, engine, ema)
+        assert sorted(int(p.name) for p in (tmp_path / "checkpoints").glob("0*")) == there
+
+
+def test_a_newer_checkpoint_of_another_process_is_never_removed(tmp_path):
+    engine, ema = trained(seed=1)
+    for step in (3, 90):
+        save(checkpoints(tmp_path), step, engine, ema)
+    save(checkpoints(tmp_path, keep=1), 4, engine, ema)
+    assert sorted(int(p.name) for p in (tmp_path / "checkpoints").glob("0*")) == [4, 90]
+
+
+RECORDS = {
+    "empty": b"",
+    "cut off": b'{"format": 1, "step": 6',
+    "a number": b"6",
+    "null": b"null",
+    "a list": b"[]",
+    "deep": b"[" * 100_000,
+    "no files": b'{"format": 1, "step": 6, "optimizer_step": 3.0}',
+    "files of another type": b'{"format": 1, "step": 6, "optimizer_step": 3.0, "files": {"name": 1}}',
+    "a file without a hash": b'{"format": 1, "step": 6, "optimizer_step": 3.0, "files": [{"name": "x", "size": 1}]}',
+    "a step that is text": b'{"format": 1, "step": "6", "optimizer_step": 3.0, "files": []}',
+    "no step of the optimizer": b'{"format": 1, "step": 6, "files": []}',
+}
+
+
+@pytest.mark.parametrize("content", [*RECORDS.values(), None], ids=[*RECORDS, "a folder"])
+def test_a_damaged_record_is_passed_over_with_a_line(tmp_path, capsys, content):
+    engine, ema = trained(seed=1)
+    store = checkpoints(tmp_path)
+    save(store, 3, engine, ema)
+    save(store, 6, engine, ema)
+    path = tmp_path / "checkpoints" / "00000006" / "COMPLETE"
+    path.unlink()
+    path.mkdir() if content is None else path.write_bytes(content)
+    (tmp_path / "checkpoints" / "notes").touch()
+    (tmp_path / "checkpoints" / "7").mkdir()
+    (tmp_path / "checkpoints" / "0000000²").mkdir()
+    assert store.newest()["step"] == 3
+    assert "checkpoint 6 does not verify (COMPLETE" in capsys.readouterr().err
+
+
+def test_what_a_kill_left_half_written_goes(tmp_path):
+    engine, ema = trained(seed=1)
+    store = checkpoints(tmp_path)
+    save(store, 3, engine, ema)
+    temporary_name(tmp_path / "checkpoints" / "latest").write_text("0000")
+    (tmp_path / "checkpoints" / "00000004.tmp").mkdir()
+    store.check_space(engine, ema)
+    assert [path.name for path in sorted((tmp_path / "checkpoints").iterdir())] == ["00000003", "latest"]
