@@ -128,3 +128,31 @@ def test_reject_log_appends(tmp_path: Path) -> None:
     second.add("00001.tar", "ä\udcff", "no caption")
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert lines[2] == {"shard": "00001.tar", "key": "ä\udcff", "reason": "no caption"}
+
+
+def test_lines_that_cannot_be_written_now_are_written_later(tmp_path, capsys):
+    """By the process that has met the samples, which counts them all the same."""
+    folder = tmp_path / "run"
+    folder.touch()  # no folder can be made here
+    log = RejectLog(folder / "rejected.jsonl")
+    assert log.add("a.tar", "1", "image too large")
+    assert log.add("a.tar", "2", "image too large")
+    assert not log.add("a.tar", "1", "image too large")
+    assert [rejected.key for rejected in log.broken] == ["1", "2"]
+    assert capsys.readouterr().err.count("cannot be written") == 1
+    folder.unlink()
+    assert log.add("a.tar", "3", "image too large")
+    assert log.add("a.tar", "4", "image too large")
+    other = RejectLog(folder / "rejected.jsonl")
+    other.read()
+    assert [rejected.key for rejected in other.broken] == ["1", "2", "3", "4"]
+
+
+@pytest.mark.parametrize("line", ["7", "null", "[]", "{", '{"shard": "a"}', '{"shard": [], "key": "1", "reason": "x"}',
+                                  '{"shard": "a", "key": 1, "reason": "x"}', '{"shard": "a", "key": "1", "reason": 2}'])  # fmt: skip
+def test_a_damaged_line_of_rejected_samples_counts_for_nothing(tmp_path, line):
+    path = tmp_path / "rejected.jsonl"
+    path.write_text(f'{line}\n{{"shard": "a.tar", "key": "1", "reason": "image too large"}}\n')
+    log = RejectLog(path)
+    log.read()
+    assert [rejected.key for rejected in log.broken] == ["1"]
