@@ -26,7 +26,7 @@ DEFAULT_MINUTES = 19.5
 AUTOENCODER_SHARE, AUTOENCODER_MOST = 0.22, 0.5
 """Of the time budget: what the autoencoder gets, and what it can get for the steps that it needs."""
 NEEDS = {
-    "autoencoder": Need(1000, "its pictures lack colours and edges, and so do all samples"),
+    "autoencoder": Need(1500, "its pictures lack colours and edges, and so do all samples"),
     "train": Need(1000, "the samples show little of their prompts"),
 }
 RESERVE_SECONDS = {"scenes": 60.0, "shards": 30.0}

@@ -44,10 +44,13 @@ def train(stage, mmdit, run):
     return lambda *overrides: mmdit("train", path, f"run.dir={run}", *overrides)
 
 
-def lose_checkpoints(run: Path, *steps: int) -> None:
-    """As of a run that was killed before it saved them."""
-    for step in steps:
-        shutil.rmtree(run / "checkpoints" / f"{step:08d}")
+def lose_checkpoints(run: Path) -> None:
+    """As of a run that was killed before its first one."""
+    shutil.rmtree(run / "checkpoints")
+
+
+def lose_last_checkpoint(run: Path) -> None:
+    shutil.rmtree(run / "checkpoints" / "00000004")
 
 
 def results(run: Path) -> dict[int, float]:
@@ -70,7 +73,7 @@ EVALUATED = ("snapshots/*.safetensors", "samples/*", "eval/*/*", "eval.jsonl")
 
 def test_another_training_in_the_folder_begins_anew(run, train, mmdit):
     before = contents(run, *EVALUATED, "metrics.jsonl", "config.yaml")
-    lose_checkpoints(run, 2, 4)
+    lose_checkpoints(run)
     done = train("optim.lr=0.02", "schedule.steps=2")
     assert done.returncode == 0, done.stderr
     assert f"what another training left here of steps after 0 was moved to {run / 'earlier' / '1'}" in done.stderr
@@ -87,7 +90,7 @@ def test_another_training_in_the_folder_begins_anew(run, train, mmdit):
 
 def test_the_same_training_keeps_what_it_has(run, train, mmdit):
     before = contents(run, *EVALUATED)
-    lose_checkpoints(run, 2, 4)
+    lose_checkpoints(run)
     assert train("data.workers=1", "log.every=2").returncode == 0
     assert not (run / "earlier").exists()
     assert contents(run, *EVALUATED) == before
@@ -97,7 +100,7 @@ def test_the_same_training_keeps_what_it_has(run, train, mmdit):
 
 def test_other_data_under_the_same_path_are_another_training(stage, run, train, mmdit, tmp_path):
     shutil.copytree(stage.encoded, tmp_path / "encoded")
-    lose_checkpoints(run, 2, 4)
+    lose_checkpoints(run)
     assert train(f"data.path={tmp_path / 'encoded'}").returncode == 0
     assert not (run / "earlier").exists()  # equal data in another place
     last = sorted((tmp_path / "encoded").glob("*.tar"))[-1]
@@ -105,7 +108,7 @@ def test_other_data_under_the_same_path_are_another_training(stage, run, train, 
     manifest = json.loads((tmp_path / "encoded" / "manifest.json").read_text())
     del manifest["shards"][last.name]
     (tmp_path / "encoded" / "manifest.json").write_text(json.dumps(manifest))
-    lose_checkpoints(run, 2, 4)
+    lose_checkpoints(run)
     done = train(f"data.path={tmp_path / 'encoded'}")
     assert done.returncode == 0, done.stderr
     assert snapshot.steps(run / "earlier" / "1") == [1, 2, 3, 4]
@@ -113,11 +116,11 @@ def test_other_data_under_the_same_path_are_another_training(stage, run, train, 
 
 def test_a_resumed_run_keeps_its_past_and_the_future_of_the_same_training(run, train):
     before = contents(run, *EVALUATED)
-    lose_checkpoints(run, 4)
+    lose_last_checkpoint(run)
     done = train()
     assert "going on after step 2" in done.stderr
     assert contents(run, *EVALUATED) == before
-    lose_checkpoints(run, 4)
+    lose_last_checkpoint(run)
     done = train("objective.preview.steps=3")
     assert "steps after 2 was moved" in done.stderr
     assert snapshot.steps(run / "earlier" / "1") == [3, 4]
@@ -138,7 +141,7 @@ def test_a_run_of_an_older_version_is_evaluated_and_goes_on(run, train, mmdit):
     assert mmdit("evaluate", run, "--watch").returncode == 0
     settings = json.loads((run / "eval.jsonl").read_text().splitlines()[0])["settings"]
     assert (run / "eval" / "00000001" / f"{mark_of(settings, None)}.json").exists()
-    lose_checkpoints(run, 4)
+    lose_last_checkpoint(run)
     assert train().returncode == 0
     assert list(results(run)) == [1, 2]  # who wrote the later ones is not known
     assert mmdit("evaluate", run, "--watch").returncode == 0
@@ -163,7 +166,7 @@ def test_an_evaluator_takes_up_the_new_training(run, train, mmdit, monkeypatch):
     from stack.evaluate import watch as service
 
     shutil.rmtree(run / "eval")
-    lose_checkpoints(run, 2, 4)
+    lose_checkpoints(run)
     measure = Evaluator.measure
     trained = []
 
@@ -204,6 +207,7 @@ def test_the_origin_is_of_what_the_weights_depend_on(stage):
 
     first = of()
     free = ("run.dir=elsewhere", "log.every=3", "snapshot.every=7", "data.workers=2", f"data.path={stage.encoded}/.")
+    free += (f"objective.autoencoder={stage.codec}/.", f"objective.text.t5={stage.encoders}/./t5")
     assert {of(override) for override in free} == {first}
     changes = ("optim.lr=0.02", "run.seed=5", "schedule.steps=9", "data.batch_size=4", "objective.preview.steps=3")
     assert len({first, *map(of, changes)}) == 1 + len(changes)
