@@ -9,7 +9,8 @@ import json
 import signal
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing.process import BaseProcess
 from multiprocessing.util import Finalize
@@ -32,7 +33,7 @@ from stack.data.index import ShardIndex
 from stack.data.partners import Partners
 from stack.data.plan import WINDOW, BatchPlan, Draw, Rows, StepSampler
 from stack.data.remote import CacheConfig, ShardCache, Stat, is_remote
-from stack.data.safety import DecodeError, Rejected, RejectLog, check_budget
+from stack.data.safety import DecodeError, Rejected, RejectLog, check_kinds, entry, kinds_of
 from stack.data.schema import load_manifest
 from stack.data.shards import ShardReader, ShardSet, index_shards
 from stack.log import say
@@ -43,6 +44,9 @@ Mixture = str | dict[str, PositiveFloat]
 """One data set, or several with their weights."""
 
 
+_SMALL_BATCH = 2**16  # samples; a batch of so many may be larger than its data set, and takes several epochs
+_NEAR = 1024  # ids after a broken sample that are looked at one by one, before whole shards are
+_MAX_SAID = 100  # broken samples that a process names on the console
 Accept = Callable[[DataIdentity], None]
 """Is called with the identity of the data; raises UserError where the data must not be used."""
 _FACTS = {"encoders", "pad", "captions", "scale", "shift", "latent_factor", "empty_caption", "dtype", "t5_dtype"}
@@ -51,7 +55,7 @@ _FACTS = {"encoders", "pad", "captions", "scale", "shift", "latent_factor", "emp
 class DataConfig(Config):
     """What both kinds of data have."""
 
-    batch_size: PositiveInt = 64
+    batch_size: int = Field(default=64, ge=1, le=2**22)
     """Global: over all ranks and micro-batches."""
     window: PositiveInt = WINDOW
     """About how many samples are permuted among each other, a few shards' worth: they are read in one go."""
@@ -149,7 +153,7 @@ class _Table:
         weight: float | None,
         caption_weights: Sequence[float],
     ) -> None:
-        self._samples, self._shards, self._bucket_of, self._held_out = samples, shards, bucket_of, held_out
+        self._samples, self.shards, self._bucket_of, self._held_out = samples, shards, bucket_of, held_out
         self.weight, self.caption_weights = weight, caption_weights
         self.counts = np.zeros((len(shards), num_buckets), np.int64)
         for number, shard in enumerate(shards):
@@ -166,7 +170,7 @@ class _Table:
                 self.counts[shard - shards.start, self._bucket(shard, slice(row, row + 1))] -= 1
 
     def rows(self, shard: int) -> Rows:
-        shard += self._shards.start
+        shard += self.shards.start
         start, stop = self._samples.starts[shard : shard + 2].tolist()
         first, last = np.searchsorted(self._held_out, (start, stop))
         kept = np.delete(np.arange(stop - start), self._held_out[first:last] - start)
@@ -229,10 +233,17 @@ class ShardData(Dataset):
                     f"{redact(source)}: no training samples; check the shards, or lower data.validation_share"
                 )
             tables.append(table)
+        self._check_batch_size(tables)
         self._held_out = frozenset(held_out.tolist())
         self._validation = sorted(held_out.tolist(), key=lambda sample: (self._bucket(sample), sample))
         self._tables = tables
         self.plan = BatchPlan(tables, config.batch_size, seed, config.window)
+
+    def _check_batch_size(self, tables: Sequence[_Table]) -> None:
+        """UserError for a batch that takes more samples than there are, and more memory than any sane one."""
+        size, total = self.config.batch_size, sum(int(table.counts.sum()) for table in tables)
+        if size > max(total, _SMALL_BATCH):
+            raise UserError(f"data.batch_size={size} is more than the {total:,} training samples: lower it")
 
     def _bucket_of(self, width: np.ndarray, height: np.ndarray) -> np.ndarray:
         """Index into `sides` of samples of these sizes, as their shards' indices tell them."""
@@ -247,11 +258,11 @@ class ShardData(Dataset):
         return int(self._bucket_of(index.width[row : row + 1], index.height[row : row + 1])[0])
 
     def _refuse_many_rejected(self) -> None:
-        self._check_budget([rejected for index in self.shards.indices for rejected in index.rejected])
+        self._check_budget(kinds_of(rejected for index in self.shards.indices for rejected in index.rejected))
 
-    def _check_budget(self, broken: Collection[Rejected]) -> None:
+    def _check_budget(self, kinds: Counter[str]) -> None:
         total = self.shards.num_samples + sum(len(index.rejected) for index in self.shards.indices)
-        check_budget(broken, total, self.config.max_rejected)
+        check_kinds(kinds, total, self.config.max_rejected)
 
     @property
     def num_samples(self) -> int:
@@ -443,7 +454,7 @@ class ImageDataset(ShardData):
         num_classes: int | None = None,
         accept: Accept = lambda identity: None,
     ):
-        self._log = rejected or RejectLog()
+        self._log, self._num_said = rejected or RejectLog(), 0
         self._rule = config.buckets.rule()
         self.sides = self._rule.buckets
         self.channels, self._label, self._num_classes = config.channels, config.label, num_classes
@@ -462,13 +473,12 @@ class ImageDataset(ShardData):
     def _refuse_many_rejected(self) -> None:
         try:
             self._log.read()
-            self._check_budget(self._log.broken)
+            self._check_budget(self._log.kinds)
         except UserError:  # this list ended the run's last life: what was mended since is told by meeting it again
             if dist.rank() == 0:
                 self._log.clear()
         for index in self.shards.indices:
-            for broken in index.rejected:
-                self._reject(index, broken)
+            self._reject(index, index.rejected)
         super()._refuse_many_rejected()
 
     @property
@@ -494,8 +504,8 @@ class ImageDataset(ShardData):
                 label = None if self._label is None else self._read_label(shard, row, self._label)
                 paired = None if self._partners is None else self._pixels(self._partners.read(key), bucket)
             except DecodeError as error:
-                self._reject(index, Rejected(key, str(error)))
-                self._check_budget(self._log.broken)
+                self._reject(index, [Rejected(key, str(error))])
+                self._check_budget(self._log.kinds)
                 continue
             return _Loaded(key, image, label, paired)
         raise UserError(f"{redact(self.shards.indices[0].url)}: not one image of a bucket can be decoded")
@@ -521,14 +531,35 @@ class ImageDataset(ShardData):
     def _candidates(self, sample: int, bucket: int) -> Iterator[int]:
         """The sample, then those of its bucket that follow it, in its own half: training or held out."""
         yield sample
-        held_out = sample in self._held_out
-        for other in (*range(sample + 1, self.shards.num_samples), *range(sample)):
+        held_out, total = sample in self._held_out, self.shards.num_samples
+        for other in range(sample + 1, min(sample + _NEAR, total)):
             if (other in self._held_out) == held_out and self._bucket(other) == bucket:
                 yield other
+        for first, last in ((sample + _NEAR, total), (0, sample)):
+            yield from self._between(first, last, bucket, held_out)
 
-    def _reject(self, index: ShardIndex, rejected: Rejected) -> None:
-        if self._log.add(redact(index.url), rejected.key, rejected.reason):  # shards of a mixture may share a name
-            say(f"{index.name}: {printable(f'{rejected.key}: {rejected.reason}')}: left out")
+    def _between(self, first: int, last: int, bucket: int, held_out: bool) -> Iterator[int]:
+        """The samples of one bucket and half among the ids first…last. Shards without any of them are not read."""
+        if held_out:
+            near = [sample for sample in self._validation if first <= sample < last]
+            yield from (sample for sample in near if self._bucket(sample) == bucket)
+            return
+        for table in self._tables:
+            for shard in np.flatnonzero(table.counts[:, bucket]).tolist():
+                start, stop = self.shards.starts[table.shards.start + shard :][:2].tolist()
+                if start < last and stop > first:
+                    rows = table.rows(shard)
+                    yield from rows.id[(rows.bucket == bucket) & (rows.id >= first) & (rows.id < last)].tolist()
+
+    def _reject(self, index: ShardIndex, rejected: Iterable[Rejected]) -> None:
+        where = redact(index.url)  # shards of a mixture may share a name
+        for line in self._log.add_all(entry(where, *one) for one in rejected):
+            self._num_said += 1
+            if self._num_said <= _MAX_SAID:
+                named = printable(f"{line['key']}: {line['reason']}")
+                say(f"{index.name}: {named}: left out")
+            elif self._num_said == _MAX_SAID + 1:
+                say(f"{index.name}: further samples that are left out are listed in rejected.jsonl only")
 
     def _batch(self, draws: Sequence[Draw]) -> ImageBatch:
         keys, images, labels, paired = zip(*(self._load(draw.sample_id) for draw in draws), strict=True)

@@ -6,11 +6,12 @@ loaded (a pickle, a Python module) makes its whole sample refused.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import re
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -53,13 +54,22 @@ def entry(shard: str, key: str, reason: str) -> dict[str, str]:
     return {"shard": shard, "key": cut(key), "reason": cut(reason)}
 
 
+def kinds_of(broken: Iterable[Rejected]) -> Counter[str]:
+    """Broken samples by the kind of their reason."""
+    return Counter(rejected.reason.partition(":")[0] for rejected in broken)
+
+
 def check_budget(broken: Collection[Rejected], total: int, most: float) -> None:
     """UserError where more than a share of `most` of `total` samples is broken."""
-    if len(broken) > most * total:
-        kinds = Counter(rejected.reason.partition(":")[0] for rejected in broken).most_common(3)
-        named = ", ".join(f"{count:,} × {kind}" for kind, count in kinds)
+    check_kinds(kinds_of(broken), total, most)
+
+
+def check_kinds(kinds: Counter[str], total: int, most: float) -> None:
+    """As `check_budget`, for the numbers of broken samples by kind."""
+    if kinds.total() > most * total:
+        named = ", ".join(f"{count:,} × {kind}" for kind, count in kinds.most_common(3))
         raise UserError(
-            f"data: {len(broken):,} of {total:,} samples are broken ({named}), more than max_rejected = {most:g}: "
+            f"data: {kinds.total():,} of {total:,} samples are broken ({named}), more than max_rejected = {most:g}: "
             "look at them with `mmdit data lint`, mend the shards or raise max_rejected"
         )
 
@@ -68,36 +78,36 @@ class RejectLog:
     """The broken samples that all processes of a run have met: `{"shard", "key", "reason"}` lines of `path`
     (rejected.jsonl). Without a path, those that this process has met.
 
-    The file appears with the first rejected sample. Each line is one write in append mode, so processes may share it;
-    a sample that two meet at once may have two lines and counts once.
+    The file appears with the first rejected sample. Lines are written in append mode, so processes may share it; a
+    sample that two meet at once may have two lines and counts once. Memory holds no more than a hash of each sample.
     """
 
     def __init__(self, path: Path | None = None) -> None:
         self.path = path
-        self._broken: dict[tuple[str, str], Rejected] = {}
+        self.kinds: Counter[str] = Counter()
+        """Distinct broken samples by kind, as of the last new sample that this process has added."""
+        self._seen: set[int] = set()
         self._read = 0
         """Bytes of the file."""
 
-    @property
-    def broken(self) -> Collection[Rejected]:
-        """As of the last new sample that this process has added."""
-        return self._broken.values()
-
     def add(self, shard: str, key: str, reason: str) -> bool:
         """Whether the sample is new: no process has listed it yet."""
-        line = entry(shard, key, reason)
-        if (shard, line["key"]) not in self._broken:
+        return bool(self.add_all([entry(shard, key, reason)]))
+
+    def add_all(self, entries: Iterable[dict[str, str]]) -> list[dict[str, str]]:
+        """List those of `entries` that are new; these."""
+        new = [line for line in entries if _hash(line) not in self._seen]
+        if new:
             self.read()
-        if (shard, line["key"]) in self._broken:
-            return False
-        if self.path is None:
-            self._note(line)
-        else:
+            new = [line for line in new if _hash(line) not in self._seen]
+        if new and self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
-            self.read()  # of processes that add at the same time, the last one knows of all
-        return True
+            with self.path.open("ab", buffering=0) as file:
+                file.write("".join(json.dumps(line) + "\n" for line in new).encode())
+            self.read()  # of processes that add at the same time, the last one has the lines of all
+        for line in new if self.path is None else ():
+            self._note(line)
+        return new
 
     def read(self) -> None:
         """Take in what was added to the file since."""
@@ -111,17 +121,31 @@ class RejectLog:
                 self._read += len(line)
                 try:
                     self._note(json.loads(line))
-                except (ValueError, KeyError, TypeError):  # of a process that was killed while it wrote
+                except (
+                    ValueError,
+                    KeyError,
+                    TypeError,
+                    AttributeError,
+                    RecursionError,
+                ):  # a killed process's, or damage
                     continue
 
     def clear(self) -> None:
         """Begin anew, without a file."""
         if self.path is not None:
             self.path.unlink(missing_ok=True)
-        self._broken, self._read = {}, 0
+        self.kinds, self._seen, self._read = Counter(), set(), 0
 
     def _note(self, line: dict[str, str]) -> None:
-        self._broken.setdefault((line["shard"], line["key"]), Rejected(line["key"], line["reason"]))
+        kind, number = line["reason"].partition(":")[0], _hash(line)
+        if number not in self._seen:
+            self._seen.add(number)
+            self.kinds[kind] += 1
+
+
+def _hash(line: dict[str, str]) -> int:
+    named = json.dumps([line["shard"], line["key"]]).encode()
+    return int.from_bytes(hashlib.blake2b(named, digest_size=8).digest(), "little")
 
 
 def check_source(source: str) -> None:
