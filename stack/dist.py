@@ -8,13 +8,18 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Callable
 from contextlib import closing
 from datetime import timedelta
 from random import SystemRandom
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as tdist
+
+from stack.config import UserError
+
+T = TypeVar("T")
 
 _alone: dict[str, str] = {}  # variables that `init` set for a process without a launcher
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -119,6 +124,21 @@ def broadcast(value: Any) -> Any:
     box = [value]
     tdist.broadcast_object_list(box, src=0, device=device())
     return box[0]
+
+
+def on_first_rank(call: Callable[[], T]) -> T:
+    """What `call` returns on rank 0, on every rank; all others wait. A UserError or OSError of it is raised on all."""
+    result: T | None = None
+    problem: Exception | None = None
+    if rank() == 0:
+        try:
+            result = call()
+        except (UserError, OSError) as error:
+            problem = error
+    result, problem = broadcast((result, problem))
+    if problem is not None:
+        raise problem
+    return result
 
 
 def side_group() -> tdist.ProcessGroup | None:

@@ -32,7 +32,8 @@ from stack.files import publish
 from stack.shown import redact
 
 SUFFIX = ".index.safetensors"
-_FORMAT = 5  # of the saved index: raised when its meaning changes
+FORMAT = 5  # of the saved index: raised when its meaning changes
+NUM_LOWEST = 4  # rows of the lowest hashes that the header has, so that held-out samples are found without the columns
 _MAX_SIZES = 256  # distinct sizes that are counted in the header; photographs have too many
 _ABSENT = 2**32 - 1  # length of a member that a sample lacks
 _MAX_MEMBER = 2**32 - 2
@@ -54,12 +55,13 @@ class ShardIndex:
     width, height: int32 [n]; upright pixels of a raw sample's image, cells of a pre-encoded one's latent.
     caption_length: int32 [n, captions]; characters of a raw sample's caption, text tokens of a pre-encoded one's
     captions, −1 for a caption that a sample lacks.
-    by_hash: uint32 [n]; rows by the crc32 of their keys.
+    by_hash: uint32 [n]; rows by the crc32 of their keys.  lowest: [crc32, row, width, height] of the first of them.
     sizes: (width, height) → samples, None if there are too many different ones.
     digest: sha256 of keys, captions and where the members stand.  sha256: of the shard's file.
     identity: sha256 of the file's bytes and of what the batch plan takes from them: keys, sizes, caption lengths. Equal
     shards have the same one, whatever their names, places and times.
-    rejected: the samples left out, and why.  damage: what is wrong with the archive itself, "" if it is whole.
+    rejected: the samples left out, and why; num_rejected of them.
+    damage: what is wrong with the archive itself, "" if it is whole.
 
     Columns are mapped when they are asked for, until `release`. Raises ValueError for a file that is no such index.
     """
@@ -77,17 +79,19 @@ class ShardIndex:
                     head, size = file.read(layout.HEAD_BYTES), os.fstat(file.fileno()).st_size
                     stop = layout.header_bytes(head)
                     head += file.read(max(0, stop - len(head)))
+                    self._buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             entries = json.loads(head[8:stop])
             facts = json.loads(entries.pop("__metadata__")["index"])
-            if facts["format"] != _FORMAT:
-                raise ValueError(f"format {facts['format']}, expected {_FORMAT}")
+            if facts["format"] != FORMAT:
+                raise ValueError(f"format {facts['format']}, expected {FORMAT}")
             if facts.pop("crc32") != _check_sum(entries, facts):
                 raise ValueError("wrong check sum")
             self._columns = _read_columns(entries, stop, size)
             self.size = int(facts["size"])
             self.version, self.digest = str(facts["version"]), str(facts["digest"])
             self.sha256, self.damage = str(facts["sha256"]), str(facts["damage"])
-            self.identity = str(facts["identity"])
+            self.identity, self.lowest = str(facts["identity"]), facts["lowest"]
+            self.num_rejected = int(facts["num_rejected"])
             sizes = facts["sizes"]
             self.sizes = None if sizes is None else {(int(w), int(h)): int(count) for w, h, count in sizes}
         except (KeyError, TypeError, IndexError, AttributeError, ValueError, RecursionError) as error:
@@ -107,6 +111,11 @@ class ShardIndex:
     def encoded(self) -> bool:
         """Whether the shard holds pre-encoded samples."""
         return "safetensors" in self.extensions
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether no file holds the index."""
+        return isinstance(self._source, bytes)
 
     @property
     def rejected(self) -> list[Rejected]:
@@ -302,8 +311,11 @@ def _serialize(
         columns[f"length.{extension}"] = np.array([m.size if m else _ABSENT for m in members], np.uint32)
     rejected = [[safety.cut(key), safety.cut(reason)] for key, reason in facts.pop("rejected")]
     columns["rejected"] = np.frombuffer(json.dumps(rejected).encode() if rejected else b"", np.uint8)
+    first = columns["by_hash"][:NUM_LOWEST]
+    lowest = np.stack([hashes[first], first, columns["width"][first], columns["height"][first]], axis=1).tolist()
+    facts |= {"num_rejected": len(rejected), "lowest": lowest}
     listed = [[*size, count] for size, count in sizes.items()] if len(sizes) <= _MAX_SIZES else None
-    facts |= {"format": _FORMAT, "identity": identity.hexdigest(), "sizes": listed}
+    facts |= {"format": FORMAT, "identity": identity.hexdigest(), "sizes": listed}
     return _with_facts(save(columns), facts)
 
 

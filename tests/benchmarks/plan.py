@@ -61,14 +61,14 @@ def begin(folder: Path) -> dict[str, float]:
     """In a process of its own: from nothing to the first batch in the middle of the third epoch."""
     import torch  # noqa: F401 (its import is not what is measured)
 
-    from stack.data.dataset import _Table
     from stack.data.plan import BatchPlan
+    from stack.data.samples import TrainingSamples
     from stack.data.shards import ShardSet, index_shards
 
     before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
     samples = ShardSet(index_shards(folder))
     indexed = time.perf_counter()
-    held_out = samples.lowest_hashes(512, int(0.03 * 2**32))
+    ids, width, height = samples.held_out(512, int(0.03 * 2**32))
     hashed = time.perf_counter()
     codes = np.array([(width << 32) + height for width, height in SIDES])
     order = np.argsort(codes)
@@ -76,7 +76,8 @@ def begin(folder: Path) -> dict[str, float]:
     def bucket_of(width: np.ndarray, height: np.ndarray) -> np.ndarray:
         return order[np.searchsorted(codes, (width.astype(np.int64) << 32) + height, sorter=order)]
 
-    table = _Table(samples, range(len(samples.indices)), bucket_of, len(SIDES), held_out, None, [1.0])
+    held_out = ids, bucket_of(width, height)
+    table = TrainingSamples(samples, range(len(samples.indices)), bucket_of, len(SIDES), held_out, None, [1.0])
     counted = time.perf_counter()
     plan = BatchPlan([table], 2048, seed=0)
     middle = int(2.5 * samples.num_samples / 2048)
