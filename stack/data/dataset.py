@@ -222,8 +222,19 @@ class ShardData(Dataset):
         return int(self._bucket_of(index.width[row : row + 1], index.height[row : row + 1])[0])
 
     def _refuse_many_rejected(self) -> None:
-        rejecting = self.shards.indices.of_some("rejected")
-        self._check_budget(kinds_of(rejected for index in rejecting for rejected in index.rejected))
+        """UserError where the indices leave out too many samples. Rank 0 reads and lists these."""
+
+        def listed() -> Counter[str]:
+            kinds: Counter[str] = Counter()
+            for index in self.shards.indices.of_some("rejected"):
+                self._reject(index, index.rejected)
+                kinds += kinds_of(index.rejected)
+            return kinds
+
+        self._check_budget(dist.on_first_rank(listed))
+
+    def _reject(self, index: ShardIndex, rejected: Iterable[Rejected]) -> None:
+        """Take note of samples that are left out."""
 
     def _check_budget(self, kinds: Counter[str]) -> None:
         check_kinds(kinds, self.shards.num_samples + self.shards.num_rejected, self.config.max_rejected)
@@ -436,18 +447,16 @@ class ImageDataset(ShardData):
             self._partners = Partners(self._paired, ShardReader(self._paired.indices, self._cache))
 
     def _refuse_many_rejected(self) -> None:
-        def list_those_of_the_indices() -> None:
+        def begin() -> None:
             try:
                 self._log.read()
                 self._check_budget(self._log.kinds)
             except UserError:  # this list ended the run's last life: what was mended since is told by meeting it again
                 self._log.clear()
-            for index in self.shards.indices.of_some("rejected"):
-                self._reject(index, index.rejected)
 
-        dist.on_first_rank(list_those_of_the_indices)
-        self._log.read()
+        dist.on_first_rank(begin)
         super()._refuse_many_rejected()
+        self._log.read()
 
     @property
     def has_labels(self) -> bool:

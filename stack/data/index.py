@@ -120,11 +120,8 @@ class ShardIndex:
     @property
     def rejected(self) -> list[Rejected]:
         if self._rejected is None:
-            mapped = self._buffer is not None
             data = self._column("rejected").tobytes()
             self._rejected = [Rejected(*pair) for pair in json.loads(data)] if data else []
-            if not mapped:
-                self.release()
         return self._rejected
 
     @property

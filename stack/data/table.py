@@ -228,7 +228,7 @@ class ShardTable(Sequence[ShardIndex]):
 
     def of_some(self, column: str) -> Iterator[ShardIndex]:
         """The indices of which this column of numbers is not 0."""
-        return map(self.facts, np.flatnonzero(self.rows.columns[column]).tolist())
+        return map(self.__getitem__, np.flatnonzero(self.rows.columns[column]).tolist())
 
     def texts(self, column: str) -> list[str]:
         return [os.fsdecode(value) for value in self.rows.columns[column].tolist()]
