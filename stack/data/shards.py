@@ -183,7 +183,8 @@ def _each(call: Callable[[T], V], items: Sequence[T]) -> list[V]:
     """`call` of each item, in order; many at a time where the first ones take long, as on a network."""
     began = time.perf_counter()
     results = [call(item) for item in items[:_TRIED]]
-    pieces = [items[at : at + _TRIED] for at in range(_TRIED, len(items), _TRIED)]
+    size = max(1, min(_PIECE, len(items) // (8 * _REQUESTS)))
+    pieces = [items[at : at + size] for at in range(_TRIED, len(items), size)]
 
     def all_of(piece: Sequence[T]) -> list[V]:
         return [call(item) for item in piece]
@@ -195,7 +196,7 @@ def _each(call: Callable[[T], V], items: Sequence[T]) -> list[V]:
 
 
 def _stat(url: str) -> Stat:
-    if is_remote(url):
+    if "://" in url and is_remote(url):
         return remote.stat(url)
     found = os.stat(url)
     if not S_ISREG(found.st_mode):  # a pipe would wait for its writer for ever
@@ -213,22 +214,29 @@ class _Places:
 
     def folder(self, url: str) -> Path:
         """The folder of a shard's index."""
-        parent = without_query(url).rpartition("/")[0] if is_remote(url) else os.path.dirname(url)
+        parent = without_query(url).rpartition("/")[0]
         if parent not in self._known:
             self._known[parent] = self._folder_of(url, parent)
         return self._known[parent]
 
     def _folder_of(self, url: str, parent: str) -> Path:
-        folder = self._folder
+        folder, local = self._folder, Path(url).parent
         if is_remote(url):
             assert self.cache is not None, "a remote source needs a cache"
             folder = folder or self.cache.dir / "index"
         elif folder is None:
-            return Path(parent)
+            return local
         else:
-            parent = str(Path(parent).resolve())  # not what the shard links to: two links may share its name
+            parent = str(local.resolve())  # not what the shard links to: two links may share its name
         digest = hashlib.sha256(os.fsencode(parent)).hexdigest()[:8]  # shards of two folders often share their names
         return folder / f"{parent.rpartition('/')[2]}-{digest}"
+
+    def by_folder(self, urls: Sequence[str]) -> dict[Path, list[int]]:
+        """Folder of indices → positions of its shards."""
+        found: dict[Path, list[int]] = {}
+        for number, url in enumerate(urls):
+            found.setdefault(self.folder(url), []).append(number)
+        return found
 
     def index(self, url: str) -> Path:
         return self.folder(url) / (os.path.splitext(_name(url))[0] + SUFFIX)
@@ -240,17 +248,14 @@ def _name(url: str) -> str:
 
 def _tabled(urls: Sequence[str], stats: Sequence[Stat], places: _Places) -> tuple[list[Rows], list[int]]:
     """Rows of the tables beside the indices that fit their shards, and the positions of these in `urls`."""
-    by_folder: dict[Path, list[int]] = {}
-    for number, url in enumerate(urls):
-        by_folder.setdefault(places.folder(url), []).append(number)
     found: list[Rows] = []
     positions: list[int] = []
-    for folder, numbers in by_folder.items():
+    for folder, numbers in places.by_folder(urls).items():
         rows = Rows.read(folder) if len(numbers) >= _MIN_TABLE else None
         if rows is None or not len(rows):
             continue
-        names = np.array([os.fsencode(_name(urls[number])) for number in numbers])
-        versions = np.array([os.fsencode(stats[number].version) for number in numbers])
+        names = np.array([_name(urls[number]).encode("utf-8", "surrogateescape") for number in numbers])
+        versions = np.array([stats[number].version.encode("utf-8", "surrogateescape") for number in numbers])
         sizes = np.array([stats[number].size for number in numbers])
         order = np.argsort(rows.columns["name"], kind="stable")
         at = order[np.minimum(np.searchsorted(rows.columns["name"], names, sorter=order), len(order) - 1)]
@@ -263,10 +268,7 @@ def _tabled(urls: Sequence[str], stats: Sequence[Stat], places: _Places) -> tupl
 
 def _keep_table(urls: Sequence[str], rows: Rows, places: _Places) -> None:
     """Write the rows beside the indices, in place of older ones of the same shards."""
-    by_folder: dict[Path, list[int]] = {}
-    for number, url in enumerate(urls):
-        by_folder.setdefault(places.folder(url), []).append(number)
-    for folder, numbers in by_folder.items():
+    for folder, numbers in places.by_folder(urls).items():
         own, before = rows.take(np.array(numbers)), Rows.read(folder)
         if before is not None:
             others = ~np.isin(before.columns["name"], own.columns["name"])
