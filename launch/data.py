@@ -98,7 +98,8 @@ def index(shards: str, folder: Path | None, cache: Path | None) -> None:
     Shards that changed since they were indexed are indexed again.
     """
     from stack.data.remote import CacheConfig, ShardCache
-    from stack.data.shards import find_shards, index_shards
+    from stack.data.shards import index_shards
+    from stack.data.sources import find_shards
     from stack.log import progress
     from stack.shown import printable, redact
 
@@ -148,7 +149,7 @@ def lint(shards: str, folder: Path | None, cache: Path | None) -> None:
     """
     from stack.data.lint import lint as problems_of
     from stack.data.remote import CacheConfig, ShardCache
-    from stack.data.shards import find_shards
+    from stack.data.sources import find_shards
     from stack.log import progress
 
     num_shards, num_problems, num_samples, num_bytes = len(find_shards(shards)), 0, 0, 0

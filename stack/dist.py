@@ -9,15 +9,18 @@ from __future__ import annotations
 import os
 import socket
 import time
+from collections.abc import Callable
 from contextlib import closing
 from datetime import timedelta
 from random import SystemRandom
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as tdist
 
 from stack.config import UserError
+
+T = TypeVar("T")
 
 _num_barriers = 0
 _alone: dict[str, str] = {}  # variables that `init` set for a process without a launcher
@@ -170,6 +173,22 @@ def broadcast(value: Any) -> Any:
     box = [value]
     tdist.broadcast_object_list(box, src=0, device=device())
     return box[0]
+
+
+def on_first_rank(call: Callable[[], T]) -> T:
+    """What `call` returns on rank 0, on every rank; all others wait. A UserError or OSError of it is raised on all."""
+    result: T | None = None
+    problem: Exception | None = None
+    if rank() == 0:
+        try:
+            result = call()
+        except (UserError, OSError) as error:
+            problem = error
+    barrier()  # which waits for rank 0 without a time limit
+    result, problem = broadcast((result, problem))
+    if problem is not None:
+        raise problem
+    return result
 
 
 def side_group() -> tdist.ProcessGroup | None:

@@ -9,7 +9,8 @@ import json
 import signal
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing.process import BaseProcess
 from multiprocessing.util import Finalize
@@ -30,11 +31,13 @@ from stack.data.identity import DataIdentity
 from stack.data.images import to_pixels
 from stack.data.index import ShardIndex
 from stack.data.partners import Partners
-from stack.data.plan import WINDOW, BatchPlan, Draw, Rows, StepSampler
+from stack.data.plan import WINDOW, BatchPlan, Draw, StepSampler
 from stack.data.remote import CacheConfig, ShardCache, Stat, is_remote
-from stack.data.safety import DecodeError, Rejected, RejectLog, check_budget
+from stack.data.safety import DecodeError, Rejected, RejectLog, check_kinds, entry, kinds_of
+from stack.data.samples import TrainingSamples
 from stack.data.schema import load_manifest
 from stack.data.shards import ShardReader, ShardSet, index_shards
+from stack.data.table import ShardTable
 from stack.log import say
 from stack.shown import printable, redact
 from stack.text.conditioning import TextBatch
@@ -43,6 +46,9 @@ Mixture = Location | dict[Location, PositiveFloat]
 """One data set, or several with their weights."""
 
 
+_SMALL_BATCH = 2**16  # samples; a batch of so many may be larger than its data set, and takes several epochs
+_NEAR = 1024  # ids after a broken sample that are looked at one by one, before whole shards are
+_MAX_SAID = 100  # broken samples that a process names on the console
 Accept = Callable[[DataIdentity], None]
 """Is called with the identity of the data; raises UserError where the data must not be used."""
 _FACTS = {"encoders", "pad", "captions", "scale", "shift", "latent_factor", "empty_caption", "dtype", "t5_dtype"}
@@ -51,7 +57,7 @@ _FACTS = {"encoders", "pad", "captions", "scale", "shift", "latent_factor", "emp
 class DataConfig(Config):
     """What both kinds of data have."""
 
-    batch_size: PositiveInt = 64
+    batch_size: int = Field(default=64, ge=1, le=2**22)
     """Global: over all ranks and micro-batches."""
     window: PositiveInt = WINDOW
     """About how many samples are permuted among each other, a few shards' worth: they are read in one go."""
@@ -136,50 +142,6 @@ def _kill(workers: Sequence[BaseProcess]) -> None:
         worker.kill()
 
 
-class _Table:
-    """The training samples of one data set, as the plan asks for them. `shards` are its own of the set's."""
-
-    def __init__(
-        self,
-        samples: ShardSet,
-        shards: range,
-        bucket_of: Callable[[np.ndarray, np.ndarray], np.ndarray],
-        num_buckets: int,
-        held_out: np.ndarray,
-        weight: float | None,
-        caption_weights: Sequence[float],
-    ) -> None:
-        self._samples, self._shards, self._bucket_of, self._held_out = samples, shards, bucket_of, held_out
-        self.weight, self.caption_weights = weight, caption_weights
-        self.counts = np.zeros((len(shards), num_buckets), np.int64)
-        for number, shard in enumerate(shards):
-            sizes = samples.indices[shard].sizes
-            if sizes is None:
-                index = samples.index(shard)
-                self.counts[number] = np.bincount(bucket_of(index.width, index.height), minlength=num_buckets)
-            elif sizes:
-                width, height = np.array(list(sizes), np.int64).T
-                np.add.at(self.counts[number], bucket_of(width, height), list(sizes.values()))
-        for sample in held_out.tolist():
-            shard, row = samples.locate(sample)
-            if shard in shards:
-                self.counts[shard - shards.start, self._bucket(shard, slice(row, row + 1))] -= 1
-
-    def rows(self, shard: int) -> Rows:
-        shard += self._shards.start
-        start, stop = self._samples.starts[shard : shard + 2].tolist()
-        first, last = np.searchsorted(self._held_out, (start, stop))
-        kept = np.delete(np.arange(stop - start), self._held_out[first:last] - start)
-        lengths = self._samples.index(shard).caption_length[kept, : len(self.caption_weights)]
-        absent = len(self.caption_weights) - lengths.shape[1]  # captions that no sample of this shard has
-        lengths = np.pad(lengths, ((0, 0), (0, absent)), constant_values=-1)
-        return Rows(start + kept, self._bucket(shard, kept), lengths)
-
-    def _bucket(self, shard: int, rows: Any) -> np.ndarray:
-        index = self._samples.index(shard)
-        return self._bucket_of(index.width[rows], index.height[rows])
-
-
 class ShardData(Dataset):
     """Shards with their plan: training samples and a held-out share for validation.
 
@@ -204,35 +166,48 @@ class ShardData(Dataset):
         """paired: a source of second images.  facts: what else decides the batches."""
         self.config = config
         self._cache = ShardCache(config.cache)
-        sets = {}
-        for source in sources:
-            sets[source] = ShardSet(index_shards(source, config.index, self._cache))
-            check(source, sets[source])
-        self._paired = None if paired is None else ShardSet(index_shards(paired, config.index, self._cache))
+        sets = {source: self._indexed(source) for source in sources}
+        for source, one in sets.items():
+            check(source, one)
+        self._paired = None if paired is None else self._indexed(paired)
         weights = sources if len(sources) > 1 else dict.fromkeys(sources)
         parts = [one.part("train", weights[source]) for source, one in sets.items()]
         parts += [self._paired.part("paired", None)] if self._paired is not None else []
         self.identity = DataIdentity(parts=parts, facts=dict(facts or {}))
         accept(self.identity)
-        self.shards = ShardSet([index for one in sets.values() for index in one.indices])
+        self.shards = ShardSet(ShardTable.joined([one.indices for one in sets.values()]))
         say_damage(self.shards.indices)
         self._refuse_many_rejected()
         self._reader = ShardReader(self.shards.indices, self._cache)
-        held_out = self.shards.lowest_hashes(config.max_validation, int(config.validation_share * 2**32))
+        ids, width, height = self.shards.held_out(config.max_validation, int(config.validation_share * 2**32))
+        held_out = ids, self._bucket_of(width, height)
         tables, first = [], 0
         for source, weight in sources.items():
             own = range(first, first + len(sets[source].indices))
             first = own.stop
-            table = _Table(self.shards, own, self._bucket_of, len(self.sides), held_out, weight, caption_weights)
+            table = TrainingSamples(
+                self.shards, own, self._bucket_of, len(self.sides), held_out, weight, caption_weights
+            )
             if not table.counts.any():
                 raise UserError(
                     f"{redact(source)}: no training samples; check the shards, or lower data.validation_share"
                 )
             tables.append(table)
-        self._held_out = frozenset(held_out.tolist())
-        self._validation = sorted(held_out.tolist(), key=lambda sample: (self._bucket(sample), sample))
+        self._check_batch_size(tables)
+        self._held_out = frozenset(ids.tolist())
+        self._validation = ids[np.lexsort(held_out)].tolist()
         self._tables = tables
         self.plan = BatchPlan(tables, config.batch_size, seed, config.window)
+
+    def _indexed(self, source: str) -> ShardSet:
+        """Rank 0 looks at the shards; the others get what it has found."""
+        return ShardSet(dist.on_first_rank(lambda: index_shards(source, self.config.index, self._cache)))
+
+    def _check_batch_size(self, tables: Sequence[TrainingSamples]) -> None:
+        """UserError for a batch that takes more samples than there are, and more memory than any sane one."""
+        size, total = self.config.batch_size, sum(int(table.counts.sum()) for table in tables)
+        if size > max(total, _SMALL_BATCH):
+            raise UserError(f"data.batch_size={size} is more than the {total:,} training samples: lower it")
 
     def _bucket_of(self, width: np.ndarray, height: np.ndarray) -> np.ndarray:
         """Index into `sides` of samples of these sizes, as their shards' indices tell them."""
@@ -247,11 +222,22 @@ class ShardData(Dataset):
         return int(self._bucket_of(index.width[row : row + 1], index.height[row : row + 1])[0])
 
     def _refuse_many_rejected(self) -> None:
-        self._check_budget([rejected for index in self.shards.indices for rejected in index.rejected])
+        """UserError where the indices leave out too many samples. Rank 0 reads and lists these."""
 
-    def _check_budget(self, broken: Collection[Rejected]) -> None:
-        total = self.shards.num_samples + sum(len(index.rejected) for index in self.shards.indices)
-        check_budget(broken, total, self.config.max_rejected)
+        def listed() -> Counter[str]:
+            kinds: Counter[str] = Counter()
+            for index in self.shards.indices.of_some("rejected"):
+                self._reject(index, index.rejected)
+                kinds += kinds_of(index.rejected)
+            return kinds
+
+        self._check_budget(dist.on_first_rank(listed))
+
+    def _reject(self, index: ShardIndex, rejected: Iterable[Rejected]) -> None:
+        """Take note of samples that are left out."""
+
+    def _check_budget(self, kinds: Counter[str]) -> None:
+        check_kinds(kinds, self.shards.num_samples + self.shards.num_rejected, self.config.max_rejected)
 
     @property
     def num_samples(self) -> int:
@@ -278,7 +264,7 @@ class ShardData(Dataset):
     def loader(self, start: int, stop: int, rank: int, world: int, micro_batches: int) -> Iterator[Any]:
         """This rank's micro-batches of steps start…stop, `micro_batches` a step."""
         sampler = StepSampler(self.plan, start, stop, rank, world, micro_batches)
-        if any(is_remote(index.url) for index in self.shards.indices) and dist.local_rank() == 0:
+        if any(map(is_remote, self.shards.indices.urls)) and dist.local_rank() == 0:
             threading.Thread(target=self._fetch_ahead, args=(sampler,), daemon=True).start()
         return self._batches(sampler)
 
@@ -305,7 +291,7 @@ class ShardData(Dataset):
         firsts = np.cumsum([0, *(len(table.counts) for table in self._tables)])
 
         def remote_shards(window: int) -> list[ShardIndex]:
-            shards = [self.shards.indices[firsts[number] + shard] for number, shard in plan.shards_of(window)]
+            shards = [self.shards.indices.facts(firsts[number] + shard) for number, shard in plan.shards_of(window)]
             return [index for index in shards if is_remote(index.url)]
 
         window, last = plan.window_of(sampler.steps.start), plan.window_of(max(sampler.steps, default=0))
@@ -349,9 +335,8 @@ def _as_it_is(batch: Any) -> Any:
 
 def say_damage(indices: Sequence[ShardIndex]) -> None:
     """Name the shards of which a part may be missing."""
-    for index in indices:
-        if index.damage:
-            say(f"{redact(index.url)}: shard {index.damage}: {len(index):,} samples of it are used")
+    for index in ShardTable.of(indices).of_some("damaged"):
+        say(f"{redact(index.url)}: shard {index.damage}: {len(index):,} samples of it are used")
 
 
 def weights_of(mixture: Mixture) -> Mapping[str, float | None]:
@@ -375,7 +360,9 @@ class LatentDataset(ShardData):
         self._of_code = np.array([known[code >> 32, code & (2**32 - 1)] for code in self._codes.tolist()])
 
         def check(folder: str, shards: ShardSet) -> None:
-            manifests[folder].check_shards(folder, {one.name: (len(one), one.sha256) for one in shards.indices})
+            names, contents = map(shards.indices.texts, ("name", "sha256"))
+            facts = zip(np.diff(shards.starts).tolist(), contents, strict=True)
+            manifests[folder].check_shards(folder, dict(zip(names, facts, strict=True)))
 
         facts = self.manifest.model_dump(mode="json", include=_FACTS)
         facts["buckets"] = [list(side) for side in self.sides]
@@ -447,14 +434,14 @@ class ImageDataset(ShardData):
         num_classes: int | None = None,
         accept: Accept = lambda identity: None,
     ):
-        self._log = rejected or RejectLog()
+        self._log, self._num_said = rejected or RejectLog(), 0
         self._rule = config.buckets.rule()
         self.sides = self._rule.buckets
         self.channels, self._label, self._num_classes = config.channels, config.label, num_classes
 
         def check(source: str, shards: ShardSet) -> None:
             _check_raw("source", source, shards)
-            if config.label is not None and not any("json" in index.extensions for index in shards.indices):
+            if config.label is not None and not any("json" in kind.extensions for kind in shards.indices.kinds):
                 raise UserError(f"data.label={config.label}: {redact(source)} has no KEY.json, where labels stand")
 
         super().__init__(config, seed, weights_of(config.source), [1.0], check, accept, config.paired)
@@ -464,16 +451,16 @@ class ImageDataset(ShardData):
             self._partners = Partners(self._paired, ShardReader(self._paired.indices, self._cache))
 
     def _refuse_many_rejected(self) -> None:
-        try:
-            self._log.read()
-            self._check_budget(self._log.broken)
-        except UserError:  # this list ended the run's last life: what was mended since is told by meeting it again
-            if dist.rank() == 0:
+        def begin() -> None:
+            try:
+                self._log.read()
+                self._check_budget(self._log.kinds)
+            except UserError:  # this list ended the run's last life: what was mended since is told by meeting it again
                 self._log.clear()
-        for index in self.shards.indices:
-            for broken in index.rejected:
-                self._reject(index, broken)
+
+        dist.on_first_rank(begin)
         super()._refuse_many_rejected()
+        self._log.read()
 
     @property
     def has_labels(self) -> bool:
@@ -498,8 +485,8 @@ class ImageDataset(ShardData):
                 label = None if self._label is None else self._read_label(shard, row, self._label)
                 paired = None if self._partners is None else self._pixels(self._partners.read(key), bucket)
             except DecodeError as error:
-                self._reject(index, Rejected(key, str(error)))
-                self._check_budget(self._log.broken)
+                self._reject(index, [Rejected(key, str(error))])
+                self._check_budget(self._log.kinds)
                 continue
             return _Loaded(key, image, label, paired)
         raise UserError(f"{redact(self.shards.indices[0].url)}: not one image of a bucket can be decoded")
@@ -525,14 +512,35 @@ class ImageDataset(ShardData):
     def _candidates(self, sample: int, bucket: int) -> Iterator[int]:
         """The sample, then those of its bucket that follow it, in its own half: training or held out."""
         yield sample
-        held_out = sample in self._held_out
-        for other in (*range(sample + 1, self.shards.num_samples), *range(sample)):
+        held_out, total = sample in self._held_out, self.shards.num_samples
+        for other in range(sample + 1, min(sample + _NEAR, total)):
             if (other in self._held_out) == held_out and self._bucket(other) == bucket:
                 yield other
+        for first, last in ((sample + _NEAR, total), (0, sample)):
+            yield from self._between(first, last, bucket, held_out)
 
-    def _reject(self, index: ShardIndex, rejected: Rejected) -> None:
-        if self._log.add(redact(index.url), rejected.key, rejected.reason):  # shards of a mixture may share a name
-            say(f"{index.name}: {printable(f'{rejected.key}: {rejected.reason}')}: left out")
+    def _between(self, first: int, last: int, bucket: int, held_out: bool) -> Iterator[int]:
+        """The samples of one bucket and half among the ids first…last. Shards without any of them are not read."""
+        if held_out:
+            near = [sample for sample in self._validation if first <= sample < last]
+            yield from (sample for sample in near if self._bucket(sample) == bucket)
+            return
+        for table in self._tables:
+            for shard in np.flatnonzero(table.counts[:, bucket]).tolist():
+                start, stop = self.shards.starts[table.shards.start + shard :][:2].tolist()
+                if start < last and stop > first:
+                    rows = table.rows(shard)
+                    yield from rows.id[(rows.bucket == bucket) & (rows.id >= first) & (rows.id < last)].tolist()
+
+    def _reject(self, index: ShardIndex, rejected: Iterable[Rejected]) -> None:
+        where = redact(index.url)  # shards of a mixture may share a name
+        for line in self._log.add_all(entry(where, *one) for one in rejected):
+            self._num_said += 1
+            if self._num_said <= _MAX_SAID:
+                named = printable(f"{line['key']}: {line['reason']}")
+                say(f"{index.name}: {named}: left out")
+            elif self._num_said == _MAX_SAID + 1:
+                say(f"{index.name}: further samples that are left out are listed in rejected.jsonl only")
 
     def _batch(self, draws: Sequence[Draw]) -> ImageBatch:
         keys, images, labels, paired = zip(*(self._load(draw.sample_id) for draw in draws), strict=True)
@@ -554,5 +562,5 @@ class _Loaded(NamedTuple):
 
 
 def _check_raw(name: str, source: str, shards: ShardSet) -> None:
-    if any(index.encoded or mlperf.EXTENSIONS[0] in index.extensions for index in shards.indices):
+    if any({"safetensors", mlperf.EXTENSIONS[0]} & {*kind.extensions} for kind in shards.indices.kinds):
         raise UserError(f"data.{name}: {redact(source)} holds pre-encoded shards; name raw ones")

@@ -33,7 +33,8 @@ from stack.files import publish
 from stack.shown import redact
 
 SUFFIX = ".index.safetensors"
-_FORMAT = 5  # of the saved index: raised when its meaning changes
+FORMAT = 5  # of the saved index: raised when its meaning changes
+NUM_LOWEST = 4  # rows of the lowest hashes that the header has, so that held-out samples are found without the columns
 _MAX_SIZES = 256  # distinct sizes that are counted in the header; photographs have too many
 _ABSENT = 2**32 - 1  # length of a member that a sample lacks
 _SHOWN = 10  # names of members that belong to no sample, or kinds of further images, that an index keeps
@@ -54,12 +55,13 @@ class ShardIndex:
     width, height: int32 [n]; upright pixels of a raw sample's image, cells of a pre-encoded one's latent.
     caption_length: int32 [n, captions]; characters of a raw sample's caption, text tokens of a pre-encoded one's
     captions, −1 for a caption that a sample lacks, or that cannot be used.
-    by_hash: uint32 [n]; rows by the crc32 of their keys.
+    by_hash: uint32 [n]; rows by the crc32 of their keys.  lowest: [crc32, row, width, height] of the first of them.
     sizes: (width, height) → samples, None if there are too many different ones.
     digest: sha256 of keys, captions and where the members stand.  sha256: of the shard's file.
     identity: sha256 of the file's bytes and of what the batch plan takes from them: keys, sizes, caption lengths. Equal
     shards have the same one, whatever their names, places and times.
-    rejected: the samples left out, and why.  bad_captions: row → what is wrong with its KEY.txt, whose image is usable.
+    rejected: the samples left out, and why; num_rejected of them.  bad_captions: row → what is wrong with its KEY.txt,
+    whose image is usable.
     damage: what is wrong with the archive itself, "" if it is whole.
     num_strays, strays: members that belong to no sample, and the first of their names.  further_images: (extension that
     is read, one beside it that is not, samples), the most frequent first.
@@ -80,17 +82,19 @@ class ShardIndex:
                     head, size = file.read(layout.HEAD_BYTES), os.fstat(file.fileno()).st_size
                     stop = layout.header_bytes(head)
                     head += file.read(max(0, stop - len(head)))
+                    self._buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             entries = json.loads(head[8:stop])
             facts = json.loads(entries.pop("__metadata__")["index"])
-            if facts["format"] != _FORMAT:
-                raise ValueError(f"format {facts['format']}, expected {_FORMAT}")
+            if facts["format"] != FORMAT:
+                raise ValueError(f"format {facts['format']}, expected {FORMAT}")
             if facts.pop("crc32") != _check_sum(entries, facts):
                 raise ValueError("wrong check sum")
             self._columns = _read_columns(entries, stop, size)
             self.size = int(facts["size"])
             self.version, self.digest = str(facts["version"]), str(facts["digest"])
             self.sha256, self.damage = str(facts["sha256"]), str(facts["damage"])
-            self.identity = str(facts["identity"])
+            self.identity, self.lowest = str(facts["identity"]), facts["lowest"]
+            self.num_rejected = int(facts["num_rejected"])
             self.num_strays, self.strays = int(facts["num_strays"]), list(map(str, facts["strays"]))
             self.further_images = [(str(read), str(other), int(count)) for read, other, count in facts["further"]]
             most_kept, least_refused = facts["pixels"]
@@ -116,6 +120,11 @@ class ShardIndex:
     def encoded(self) -> bool:
         """Whether the shard holds pre-encoded samples."""
         return "safetensors" in self.extensions
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether no file holds the index."""
+        return isinstance(self._source, bytes)
 
     @property
     def rejected(self) -> list[Rejected]:
@@ -352,8 +361,11 @@ def _serialize(
     rejected = [[safety.cut(key), safety.cut(reason)] for key, reason in facts.pop("rejected")]
     for name, listed in (("rejected", rejected), ("bad_captions", facts.pop("bad_captions"))):
         columns[name] = np.frombuffer(json.dumps(listed).encode() if listed else b"", np.uint8)
+    first = columns["by_hash"][:NUM_LOWEST]
+    lowest = np.stack([hashes[first], first, columns["width"][first], columns["height"][first]], axis=1).tolist()
     counts = [[*size, count] for size, count in sizes.items()] if len(sizes) <= _MAX_SIZES else None
-    facts |= {"format": _FORMAT, "identity": identity.hexdigest(), "sizes": counts}
+    facts |= {"format": FORMAT, "identity": identity.hexdigest(), "sizes": counts}
+    facts |= {"num_rejected": len(rejected), "lowest": lowest}
     return _with_facts(save(columns), facts)
 
 

@@ -27,7 +27,8 @@ from stack.data.layout import Slot
 from stack.data.remote import ShardCache, is_remote
 from stack.data.safety import IMAGE_EXTENSIONS, MAX_TEXT, DecodeError, open_image, read_caption
 from stack.data.schema import MANIFEST, Manifest, ShardRecord, load_manifest, text_tensors
-from stack.data.shards import ShardReader, find, stored_index
+from stack.data.shards import ShardReader, stored_index
+from stack.data.sources import find
 from stack.shown import printable, redact
 from stack.text.encoders import CLIP_TOKENS
 

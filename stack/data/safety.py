@@ -7,12 +7,13 @@ loaded (a pickle, a Python module) makes its whole sample refused.
 from __future__ import annotations
 
 import codecs
+import hashlib
 import io
 import json
 import os
 import re
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, NamedTuple
@@ -73,10 +74,20 @@ def entry(shard: str, key: str, reason: str) -> dict[str, str]:
     return {"shard": shard, "key": cut(key), "reason": cut(reason)}
 
 
+def kinds_of(broken: Iterable[Rejected]) -> Counter[str]:
+    """Broken samples by the kind of their reason."""
+    return Counter(rejected.reason.partition(":")[0] for rejected in broken)
+
+
 def check_budget(broken: Collection[Rejected], total: int, most: float) -> None:
     """UserError where more than a share of `most` of `total` samples is broken."""
-    if len(broken) > most * total:
-        raise over_budget(Counter(rejected.reason.partition(":")[0] for rejected in broken), total, most)
+    check_kinds(kinds_of(broken), total, most)
+
+
+def check_kinds(kinds: Counter[str], total: int, most: float) -> None:
+    """As `check_budget`, for the numbers of broken samples by kind."""
+    if kinds.total() > most * total:
+        raise over_budget(kinds, total, most)
 
 
 def over_budget(kinds: Counter[str], total: int, most: float) -> UserError:
@@ -92,50 +103,51 @@ class RejectLog:
     """The broken samples that all processes of a run have met: `{"shard", "key", "reason"}` lines of `path`
     (rejected.jsonl). Without a path, those that this process has met.
 
-    The file appears with the first rejected sample. Each line is one write in append mode, so processes may share it;
-    a sample that two meet at once may have two lines and counts once.
+    The file appears with the first rejected sample. Lines are written in append mode, so processes may share it; a
+    sample that two meet at once may have two lines and counts once. Memory holds no more than a hash of each sample.
     """
 
     def __init__(self, path: Path | None = None) -> None:
         self.path = path
-        self._broken: dict[tuple[str, str], Rejected] = {}
+        self.kinds: Counter[str] = Counter()
+        """Distinct broken samples by kind, as of the last new sample that this process has added."""
+        self._seen: set[int] = set()
         self._unwritten: list[str] = []
         """Lines that could not be written yet."""
         self._read = 0
         """Bytes of the file."""
 
-    @property
-    def broken(self) -> Collection[Rejected]:
-        """As of the last new sample that this process has added."""
-        return self._broken.values()
-
     def add(self, shard: str, key: str, reason: str) -> bool:
         """Whether the sample is new: no process has listed it yet."""
-        line = entry(shard, key, reason)
-        if (shard, line["key"]) not in self._broken:
-            self.read()
-        if (shard, line["key"]) in self._broken:
-            return False
-        self._note(line)
-        if self.path is not None:
-            self._write(self.path, json.dumps(line) + "\n")
-            self.read()  # of processes that add at the same time, the last one knows of all
-        return True
+        return bool(self.add_all([entry(shard, key, reason)]))
 
-    def _write(self, path: Path, line: str) -> None:
-        """Append the line, after those that could not be written before. An error of the file system ends nothing."""
+    def add_all(self, entries: Iterable[dict[str, str]]) -> list[dict[str, str]]:
+        """List those of `entries` that are new; these."""
+        new = [line for line in entries if _hash(line) not in self._seen]
+        if new:
+            self.read()
+            new = [line for line in new if _hash(line) not in self._seen]
+        for line in new:
+            self._note(line)
+        if new and self.path is not None:
+            self._write(self.path, [json.dumps(line) + "\n" for line in new])
+            self.read()  # of processes that add at the same time, the last one has the lines of all
+        return new
+
+    def _write(self, path: Path, lines: list[str]) -> None:
+        """Append the lines, after those that could not be written before. An error of the file system ends nothing."""
         from stack.log import say
 
         after_error = "\n" if self._unwritten else ""  # part of a line may be there
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("a", encoding="utf-8") as file:
-                file.write(after_error + "".join([*self._unwritten, line]))
+                file.write(after_error + "".join([*self._unwritten, *lines]))
             self._unwritten.clear()
         except OSError as error:
             if not self._unwritten:
                 say(f"{path} cannot be written ({error}): its lines are kept and written later")
-            self._unwritten.append(line)
+            self._unwritten += lines
 
     def read(self) -> None:
         """Take in what was added to the file since. Nothing, if it cannot be read now."""
@@ -153,19 +165,33 @@ class RejectLog:
                 self._read += len(line)
                 try:
                     self._note(json.loads(line))
-                except (ValueError, KeyError, TypeError):  # of a process that was killed while it wrote
+                except (
+                    ValueError,
+                    KeyError,
+                    TypeError,
+                    AttributeError,
+                    RecursionError,
+                ):  # a killed process's, or damage
                     continue
 
     def clear(self) -> None:
         """Begin anew, without a file."""
         if self.path is not None:
             self.path.unlink(missing_ok=True)
-        self._broken, self._unwritten, self._read = {}, [], 0
+        self.kinds, self._seen, self._unwritten, self._read = Counter(), set(), [], 0
 
     def _note(self, line: dict[str, str]) -> None:
-        if not (isinstance(line["key"], str) and isinstance(line["reason"], str)):
+        if not all(isinstance(line[name], str) for name in ("shard", "key", "reason")):
             raise TypeError(line)
-        self._broken.setdefault((line["shard"], line["key"]), Rejected(line["key"], line["reason"]))
+        kind, number = line["reason"].partition(":")[0], _hash(line)
+        if number not in self._seen:
+            self._seen.add(number)
+            self.kinds[kind] += 1
+
+
+def _hash(line: dict[str, str]) -> int:
+    named = json.dumps([line["shard"], line["key"]]).encode()
+    return int.from_bytes(hashlib.blake2b(named, digest_size=8).digest(), "little")
 
 
 def check_source(source: str) -> None:

@@ -2,140 +2,47 @@
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import json
-import math
 import mmap
 import os
-import re
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from heapq import merge
-from itertools import accumulate, islice
+from contextlib import suppress
+from functools import partial
+from itertools import chain
 from multiprocessing import get_context
 from pathlib import Path
-from stat import S_ISDIR, S_ISREG
-from typing import Any, BinaryIO, Literal, NamedTuple
-from zlib import crc32
+from stat import S_ISREG
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 
 from stack.config import UserError, is_users, refusal
-from stack.data import remote, safety
-from stack.data.identity import Part
+from stack.data import remote
 from stack.data.index import SUFFIX, ShardIndex, build_index, sha256_of, without_query
-from stack.data.remote import ShardCache, Stat, is_compressed, is_remote
+from stack.data.remote import ShardCache, Stat, is_remote
 from stack.data.safety import MAX_CAPTION, MAX_TEXT, DecodeError, read_caption
-from stack.data.tar import HEADER_BYTES, is_header_of
+from stack.data.samples import ShardSet as ShardSet
+from stack.data.sources import describe_compressed, find
+from stack.data.table import Rows, ShardTable
+from stack.data.tar import HEADER_BYTES, NOT_A_TAR, is_header_of
 from stack.log import say
 from stack.shown import redact
 
 _PARALLEL_BYTES = 2**28  # shards to index of less in all are not worth starting processes for
 _REQUESTS = 32  # to a store at once
-_MAX_MAPPED = 256  # indices whose columns are mapped at once
-_MAX_PATTERNS = 10**6  # that braces may expand to
+_TRIED = 16  # calls, after which is decided whether many are made at a time
+_SLOW_S = 5e-4  # for one call on the mean: so slow is a network, not a disk
+_PIECE = 1024  # indices that are opened before their facts are put together
+_MIN_TABLE = 64  # shards of one folder that a table is worth its while for
 _MAX_NAMED = 10  # changed shards that an error names
 _SHOWN = 5  # files that a message names
 
-# ---- finding shards
-
-
-class Found(NamedTuple):
-    """Paths or URLs, sorted. compressed: archives that cannot be read by offset, and are passed over."""
-
-    shards: list[str]
-    compressed: list[str]
-
-
-def find_shards(source: str | Path) -> list[str]:
-    """The shards of `find`."""
-    return find(source).shards
-
-
-def find(source: str | Path) -> Found:
-    """The tars that `source` means, and the compressed archives among them.
-
-    `source` is a folder of *.tar, one tar, a glob or a brace list ("train/{00000..00007}.tar", "{a,b}.tar"), local or
-    under any URL that fsspec knows. Raises UserError where there is none.
-    """
-    text = str(source)
-    safety.check_source(text)
-    text = text.removeprefix("file://")
-    found: set[str] = set()
-    for pattern in [text] if os.path.exists(text) else _expand_braces(text):
-        found.update(remote.list_shards(pattern, compressed=True) if is_remote(pattern) else _local_shards(pattern))
-    compressed = sorted(filter(is_compressed, found))
-    if len(compressed) == len(found):
-        raise UserError(f"{redact(text)}: no plain .tar, but {describe_compressed(compressed)}")
-    return Found(sorted(found.difference(compressed)), compressed)
-
-
-def describe_compressed(urls: Sequence[str]) -> str:
-    """A phrase that names compressed archives, and the remedy."""
-    names = [without_query(url).rpartition("/")[2] for url in urls]
-    listed = ", ".join([*names[:_SHOWN], *("…" for _ in range(len(names) > _SHOWN))])
-    plural = "s are" if len(names) > 1 else " is"
-    return f"{len(names):,} compressed archive{plural} not read ({listed}): unpack to plain .tar files"
-
-
-def _local_shards(pattern: str) -> list[str]:
-    _refuse_passing_error(pattern)
-    if os.path.isdir(pattern):
-        names = os.listdir(pattern)
-        kept = [name for name in names if (name.endswith(".tar") and name[0] != ".") or is_compressed(name)]
-        found = [os.path.join(pattern, name) for name in kept]
-    else:
-        found = [pattern] if os.path.exists(pattern) else glob.glob(pattern)
-    if not found:
-        problem = "no *.tar in this folder" if os.path.isdir(pattern) else "no such folder or shard"
-        raise UserError(f"{pattern}: {problem}")
-    return found
-
-
-def _refuse_passing_error(pattern: str) -> None:
-    """Raise what `os.path` and `glob` would take for a missing file, where it may pass (EIO, ESTALE)."""
-    plain = re.split(r"[*?[]", pattern, maxsplit=1)[0]
-    path = pattern if plain == pattern else plain.rpartition("/")[0] or "."
-    try:
-        if S_ISDIR(os.stat(path).st_mode):
-            os.scandir(path).close()
-    except OSError as error:
-        if not is_users(error):
-            raise
-
-
-def _expand_braces(text: str) -> list[str]:
-    """Raises UserError above `_MAX_PATTERNS`, before they fill the memory."""
-    too_many = UserError(f"{redact(text)}: these braces mean more than {_MAX_PATTERNS:,} shards")
-    if math.prod(len(_parts(match)) for match in _BRACES.finditer(text)) > _MAX_PATTERNS:
-        raise too_many
-    found: list[str] = []
-    waiting = [text]
-    while waiting:
-        pattern = waiting.pop()
-        match = _BRACES.search(pattern)
-        if match is None:
-            found.append(pattern)
-            continue
-        parts = _parts(match)
-        if not parts:
-            raise UserError(f"{redact(text)}: {match[0]} counts backwards")
-        if len(found) + len(waiting) + len(parts) > _MAX_PATTERNS:  # of braces inside others
-            raise too_many
-        before, after, width = pattern[: match.start()], pattern[match.end() :], len(match[1] or "")
-        waiting += [f"{before}{str(part).zfill(width)}{after}" for part in reversed(parts)]
-    return found
-
-
-_BRACES = re.compile(r"\{(?:(\d{1,18})\.\.(\d{1,18})|([^{}]*,[^{}]*))\}")
-
-
-def _parts(match: re.Match[str]) -> Sequence[object]:
-    first, last, names = match.groups()
-    return names.split(",") if names is not None else range(int(first), int(last) + 1)
-
+T = TypeVar("T")
+V = TypeVar("V")
 
 # ---- indexing
 
@@ -146,15 +53,16 @@ def index_shards(
     cache: ShardCache | None = None,
     rebuild: bool = False,
     progress: Callable[[int, int], None] | None = None,
-) -> list[ShardIndex]:
-    """Indices of all shards of `source` (see `find_shards`), sorted by path.
+) -> ShardTable:
+    """Indices of all shards of `source` (see `stack.data.sources`), sorted by path.
 
     An index is NNNNN.index.safetensors beside its shard, or in a subfolder of `folder` named after the shard's own; a
     remote shard's stands beside it, if it was stored there no earlier than the shard itself, or in the cache's folder.
     One that is missing is built, in parallel where that is worth it; each is kept as soon as it is built, so a stopped
     indexing goes on. A shard whose time or version alone is another (a copy, another mount) is read again: if its bytes
     are those that were indexed, its index is renewed. `rebuild` builds those anew whose shards have changed.
-    `progress(done, total)` is called after each shard.
+    `progress(done, total)` is called after each shard. Of many shards a table in the folder of the indices keeps what a
+    start needs (`stack.data.table`), so their indices are not opened.
 
     Raises UserError where there is no shard, an index cannot be written into `folder`, or shards have changed since
     they were indexed; the error names them.
@@ -162,93 +70,202 @@ def index_shards(
     urls, compressed = find(source)
     if compressed:
         say(f"{redact(str(source))}: {describe_compressed(compressed)}")
-    indices: dict[str, ShardIndex] = {}
-    missing: list[_Work] = []
+    places = _Places(folder, cache)
+    stats = _each(_stat, urls)
+    known, positions = ([], []) if rebuild else _tabled(urls, stats, places)
+    left = np.setdiff1d(np.arange(len(urls)), positions).tolist()
+    held: dict[int, ShardIndex] = {}
+    missing: list[tuple[int, _Work]] = []
     changes: list[tuple[str, str]] = []
-    for work, known in _look_up(urls, folder, cache, rebuild):
-        if known is None:
+
+    def taken(found: Iterable[tuple[int, ShardIndex]]) -> Iterator[ShardIndex]:
+        for number, index in found:
+            positions.append(number)
+            if index.in_memory:
+                held[number] = index
+            if progress is not None:
+                progress(len(positions), len(urls))
+            yield index
+
+    for at in range(0, len(left), _PIECE):  # memory holds so many indices, not all
+        works = [(number, _Work(urls[number], stats[number], places)) for number in left[at : at + _PIECE]]
+        looked = _each(lambda pair: pair[1].known(rebuild), works)
+        known.append(
+            Rows.of(taken((n, index) for (n, _), index in zip(works, looked, strict=True) if index is not None))
+        )
+        for (number, work), index in zip(works, looked, strict=True):
             if work.change:
                 changes.append((work.url, work.change))
+            elif index is None:
+                missing.append((number, work))
+    _say_what_is_built(source, len(urls), [work for _, work in missing])
+    built = zip(missing, _build_all([work for _, work in missing]), strict=True)
+
+    def fitting() -> Iterator[tuple[int, ShardIndex]]:
+        for (number, work), index in built:
+            if index is None:
+                changes.append((work.url, "other content of the same size"))
             else:
-                missing.append(work)
-        else:
-            indices[work.url] = known
-            if progress is not None:
-                progress(len(indices), len(urls))
-    if num_outdated := sum(work.outdated for work in missing):
-        of_others = (
-            f"{num_outdated:,} of {len(urls):,} indices beside the shards may be of others that stood there before"
-        )
-        say(f"{redact(str(source))}: {of_others}; they are built anew: store an index after its shard")
-    doubtful = [work.stat.size for work in missing if work.sha256]
-    if sum(doubtful) >= _PARALLEL_BYTES:
-        how = f"{len(doubtful):,} of {len(urls):,} shards have another time than when they were indexed"
-        say(f"{redact(str(source))}: {how}; their content is compared, {sum(doubtful) / 1e9:.3g} GB")
-    for work, index in zip(missing, _build_all(missing), strict=True):
-        if index is None:
-            changes.append((work.url, "other content of the same size"))
-            continue
-        indices[index.url] = index
-        if progress is not None:
-            progress(len(indices), len(urls))
+                yield number, index
+
+    known.append(Rows.of(taken(fitting())))
     if len(changes) == 1:
         raise changed(*changes[0])
     if changes:
         raise _many_changed(str(source), sorted(changes))
-    _refuse_other_formats(indices.values())
-    return [indices[url] for url in urls]
+    rows = Rows.joined(known).take(np.argsort(positions, kind="stable"))
+    _refuse_other_formats(urls, rows)
+    if len(left) >= _MIN_TABLE:
+        _keep_table(urls, rows, places)
+    return ShardTable(urls, rows, partial(_load, places=places), held)
 
 
-def _refuse_other_formats(indices: Iterable[ShardIndex]) -> None:
+def _refuse_other_formats(urls: Sequence[str], rows: Rows) -> None:
     """UserError naming the shards that are no tars. No index is kept of them."""
-    others = sorted(f"{redact(index.url)}: {index.damage}" for index in indices if not index.is_tar)
-    if others:
-        more = f" (and {len(others) - _SHOWN:,} more)" if len(others) > _SHOWN else ""
-        raise UserError(f"{'; '.join(others[:_SHOWN])}{more}")
+    damages = [kind.damage for kind in rows.kinds]
+    others = [kind for kind, damage in enumerate(damages) if damage.startswith(NOT_A_TAR)]
+    numbers = np.flatnonzero(np.isin(rows.columns["kind"], others)).tolist()
+    if numbers:
+        named = [f"{redact(urls[n])}: {damages[rows.columns['kind'][n]]}" for n in numbers[:_SHOWN]]
+        more = f" (and {len(numbers) - _SHOWN:,} more)" if len(numbers) > _SHOWN else ""
+        raise UserError(f"{'; '.join(named)}{more}")
 
 
-def _look_up(
-    urls: list[str], folder: Path | None, cache: ShardCache | None, rebuild: bool
-) -> Iterator[tuple[_Work, ShardIndex | None]]:
-    """Each shard with the index that is there already; of remote ones many at a time, for the answers take long."""
+def _each(call: Callable[[T], V], items: Sequence[T]) -> list[V]:
+    """`call` of each item, in order; many at a time where the first ones take long, as on a network."""
+    began = time.perf_counter()
+    results = [call(item) for item in items[:_TRIED]]
+    size = max(1, min(_PIECE, len(items) // (8 * _REQUESTS)))
+    pieces = [items[at : at + size] for at in range(_TRIED, len(items), size)]
 
-    def look(url: str) -> tuple[_Work, ShardIndex | None]:
-        work = _Work(url, folder, cache)
-        return work, work.known(rebuild)
+    def all_of(piece: Sequence[T]) -> list[V]:
+        return [call(item) for item in piece]
 
-    if any(map(is_remote, urls)):
-        with ThreadPoolExecutor(_REQUESTS) as threads:
-            yield from threads.map(look, urls)
-    else:
-        yield from map(look, urls)
+    if time.perf_counter() - began < _SLOW_S * len(results):
+        return [*results, *chain.from_iterable(map(all_of, pieces))]
+    with ThreadPoolExecutor(_REQUESTS) as threads:
+        return [*results, *chain.from_iterable(threads.map(all_of, pieces))]
+
+
+def _stat(url: str) -> Stat:
+    if "://" in url and is_remote(url):
+        return remote.stat(url)
+    found = os.stat(url)
+    if not S_ISREG(found.st_mode):  # a pipe would wait for its writer for ever
+        raise UserError(f"{url}: not a regular file")
+    return Stat(found.st_size, str(found.st_mtime_ns))
+
+
+class _Places:
+    """Where the indices of shards are kept."""
+
+    def __init__(self, folder: Path | None, cache: ShardCache | None) -> None:
+        self.cache, self.must_write = cache, folder is not None
+        self._folder = folder
+        self._known: dict[str, Path] = {}
+
+    def folder(self, url: str) -> Path:
+        """The folder of a shard's index."""
+        parent = without_query(url).rpartition("/")[0]
+        if parent not in self._known:
+            self._known[parent] = self._folder_of(url, parent)
+        return self._known[parent]
+
+    def _folder_of(self, url: str, parent: str) -> Path:
+        folder, local = self._folder, Path(url).parent
+        if is_remote(url):
+            assert self.cache is not None, "a remote source needs a cache"
+            folder = folder or self.cache.dir / "index"
+        elif folder is None:
+            return local
+        else:
+            parent = str(local.resolve())  # not what the shard links to: two links may share its name
+        digest = hashlib.sha256(os.fsencode(parent)).hexdigest()[:8]  # shards of two folders often share their names
+        return folder / f"{parent.rpartition('/')[2]}-{digest}"
+
+    def by_folder(self, urls: Sequence[str]) -> dict[Path, list[int]]:
+        """Folder of indices → positions of its shards."""
+        found: dict[Path, list[int]] = {}
+        for number, url in enumerate(urls):
+            found.setdefault(self.folder(url), []).append(number)
+        return found
+
+    def index(self, url: str) -> Path:
+        return self.folder(url) / (os.path.splitext(_name(url))[0] + SUFFIX)
+
+
+def _name(url: str) -> str:
+    return without_query(url).rpartition("/")[2]
+
+
+def _tabled(urls: Sequence[str], stats: Sequence[Stat], places: _Places) -> tuple[list[Rows], list[int]]:
+    """Rows of the tables beside the indices that fit their shards, and the positions of these in `urls`."""
+    found: list[Rows] = []
+    positions: list[int] = []
+    for folder, numbers in places.by_folder(urls).items():
+        rows = Rows.read(folder) if len(numbers) >= _MIN_TABLE else None
+        if rows is None or not len(rows):
+            continue
+        names = np.array([_name(urls[number]).encode("utf-8", "surrogateescape") for number in numbers])
+        versions = np.array([stats[number].version.encode("utf-8", "surrogateescape") for number in numbers])
+        sizes = np.array([stats[number].size for number in numbers])
+        order = np.argsort(rows.columns["name"], kind="stable")
+        at = order[np.minimum(np.searchsorted(rows.columns["name"], names, sorter=order), len(order) - 1)]
+        fits = (rows.columns["name"][at] == names) & (rows.columns["version"][at] == versions)
+        fits &= rows.columns["size"][at] == sizes
+        found.append(rows.take(at[fits]))
+        positions += np.array(numbers)[fits].tolist()
+    return found, positions
+
+
+def _keep_table(urls: Sequence[str], rows: Rows, places: _Places) -> None:
+    """Write the rows beside the indices, in place of older ones of the same shards."""
+    for folder, numbers in places.by_folder(urls).items():
+        own, before = rows.take(np.array(numbers)), Rows.read(folder)
+        if before is not None:
+            others = ~np.isin(before.columns["name"], own.columns["name"])
+            own = Rows.joined([own, before.take(np.flatnonzero(others))])
+        with suppress(OSError):  # the indices have it all
+            own.save(folder)
+
+
+def _load(url: str, identity: str, places: _Places) -> ShardIndex:
+    """The index of a shard of this identity, built if it is missing. UserError where the shard is another one."""
+    try:
+        index: ShardIndex | None = ShardIndex(url, places.index(url))
+    except OSError as error:
+        if not is_users(error):
+            raise
+        index = None
+    except ValueError:
+        index = None
+    if index is None or index.identity != identity:
+        index = _Work(url, _stat(url), places).build()
+    if index is None or index.identity != identity:
+        raise changed(url, "its index is of another shard")
+    return index
+
+
+def _say_what_is_built(source: str | Path, total: int, works: Sequence[_Work]) -> None:
+    shown = redact(str(source))
+    if num_outdated := sum(work.outdated for work in works):
+        of_others = f"{num_outdated:,} of {total:,} indices beside the shards may be of others that stood there before"
+        say(f"{shown}: {of_others}; they are built anew: store an index after its shard")
+    doubtful = [work.stat.size for work in works if work.sha256]
+    if sum(doubtful) >= _PARALLEL_BYTES:
+        how = f"{len(doubtful):,} of {total:,} shards have another time than when they were indexed"
+        say(f"{shown}: {how}; their content is compared, {sum(doubtful) / 1e9:.3g} GB")
 
 
 class _Work:
     """One shard whose index is wanted."""
 
-    def __init__(self, url: str, folder: Path | None, cache: ShardCache | None) -> None:
-        self.url, self.cache = url, cache
+    def __init__(self, url: str, stat: Stat, places: _Places) -> None:
+        self.url, self.stat, self.cache = url, stat, places.cache
+        self.path, self.must_write = places.index(url), places.must_write
         self.outdated = False  # what lies beside the shard may be of another that stood there before
         self.sha256 = ""  # of the shard when it was indexed, if only its time or version is another now
         self.change = ""  # how the shard has changed since it was indexed
-        self.must_write = folder is not None
-        if is_remote(url):
-            assert cache is not None, "a remote source needs a cache"
-            self.stat = remote.stat(url)
-            folder = folder or cache.dir / "index"
-            parent = without_query(url).rpartition("/")[0]
-        else:
-            found = os.stat(url)
-            if not S_ISREG(found.st_mode):  # a pipe would wait for its writer for ever
-                raise UserError(f"{url}: not a regular file")
-            self.stat = Stat(found.st_size, str(found.st_mtime_ns))
-            parent = str(Path(url).parent.resolve())  # not what the shard links to: two links may share its name
-        name = Path(without_query(url)).stem + SUFFIX
-        if folder is None:
-            self.path = Path(url).with_name(name)
-        else:  # shards of two folders often share their names
-            digest = hashlib.sha256(os.fsencode(parent)).hexdigest()[:8]
-            self.path = folder / f"{parent.rpartition('/')[2]}-{digest}" / name
 
     def known(self, rebuild: bool) -> ShardIndex | None:
         """The index that is there, if it is the shard's; None where one has to be built, or `change` is set."""
@@ -320,7 +337,7 @@ class _Work:
 def stored_index(url: str, folder: Path | None = None, cache: ShardCache | None = None) -> ShardIndex | None:
     """The index that `index_shards` kept of one shard, whether it still fits it or not; None if there is none."""
     try:
-        return ShardIndex(url, _Work(url, folder, cache).path)
+        return ShardIndex(url, _Places(folder, cache).index(url))
     except (OSError, ValueError):
         return None
 
@@ -478,68 +495,6 @@ class ShardReader:
             file.close()
             raise changed(index.url, f"{index.size:,} bytes then, {stat.st_size:,} now")
         return file
-
-
-class ShardSet:
-    """The samples of many shards under one global id, 0 … num_samples − 1, in the order of the shards.
-
-    Columns of at most 256 shards are mapped at once, so memory does not grow with the set.
-    """
-
-    def __init__(self, indices: Sequence[ShardIndex]) -> None:
-        self.indices = list(indices)
-        self.starts = np.array([0, *accumulate(map(len, self.indices))], np.int64)
-        """First id of each shard, and the number of samples; int64 [shards + 1]."""
-        self.num_samples = int(self.starts[-1])
-        self._mapped: OrderedDict[int, None] = OrderedDict()
-
-    def __len__(self) -> int:
-        return self.num_samples
-
-    def index(self, shard: int) -> ShardIndex:
-        """The shard's index, whose columns may be mapped until the next calls."""
-        self._mapped[shard] = None
-        self._mapped.move_to_end(shard)
-        while len(self._mapped) > _MAX_MAPPED:
-            self.indices[self._mapped.popitem(last=False)[0]].release()
-        return self.indices[shard]
-
-    def locate(self, sample_id: int) -> tuple[int, int]:
-        """(shard, row in its index). Raises IndexError."""
-        if not 0 <= sample_id < self.num_samples:
-            raise IndexError(f"sample {sample_id} of {self.num_samples}")
-        shard = int(np.searchsorted(self.starts, sample_id, side="right")) - 1
-        return shard, sample_id - int(self.starts[shard])
-
-    def key(self, sample_id: int) -> str:
-        shard, row = self.locate(sample_id)
-        return self.index(shard).key(row)
-
-    def lowest_hashes(self, count: int, below: int) -> np.ndarray:
-        """Ids of the `count` samples whose keys have the lowest crc32, of those below a limit; sorted, int64."""
-
-        def of(shard: int) -> Iterator[tuple[int, int]]:
-            index = self.index(shard)
-            for start in range(0, len(index), 16):
-                rows = self.index(shard).by_hash[start : start + 16].tolist()
-                for row in rows:
-                    value = crc32(self.index(shard).key(row).encode("utf-8", "surrogateescape"))
-                    if value >= below:
-                        return
-                    yield value, int(self.starts[shard]) + row
-
-        lowest = islice(merge(*map(of, range(len(self.indices)))), count)
-        return np.array(sorted(sample for _, sample in lowest), np.int64)
-
-    def part(self, role: Literal["train", "paired"], weight: float | None) -> Part:
-        """The shards as a part of the identity of a training's data."""
-        names, contents = ([getattr(index, name) for index in self.indices] for name in ("name", "identity"))
-        return Part(role=role, weight=weight, names=names, contents=contents)
-
-    def fingerprint(self) -> str:
-        """sha256 over names and sizes of the shards and their digests: the manifest's source."""
-        layout = [[index.name, index.size, index.digest] for index in self.indices]
-        return hashlib.sha256(json.dumps(layout).encode()).hexdigest()
 
 
 def unique_names(indices: Iterable[ShardIndex]) -> None:

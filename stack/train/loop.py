@@ -210,17 +210,14 @@ def _sole_user(run: Path) -> Iterator[None]:
 def _build(
     config: TrainConfig, run: Path, device: torch.device, state: dict[str, Any] | None
 ) -> tuple[ShardData, Objective]:
-    """Rank 0 first: it writes indices that are missing, and of a run that begins the list of broken samples anew."""
+    """The data and the objective. Rank 0 writes missing indices, and starts the list of broken samples of a new run."""
     path = run / "rejected.jsonl"
     rejected = RejectLog(path)
-    if dist.rank() != 0:
-        dist.barrier()
-    elif state is None or path.is_symlink():
+    if dist.rank() == 0 and (state is None or path.is_symlink()):
         rejected.clear()
     accept = identity.check_data(run, config, state)
     data, objective = build(config, device, rejected, state is None, accept, previews=dist.rank() == 0)
     if dist.rank() == 0:
-        dist.barrier()
         for line in data.unfilled():
             say(line)
         if not data.num_held_out:

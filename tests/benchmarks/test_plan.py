@@ -18,5 +18,7 @@ def test_both_processes_begin_with_the_same_samples(tmp_path):
     assert first["samples"] == 20 * 50
     assert first["checksum"] == second["checksum"]
     assert {key for key in first if key.endswith("_s")} == {
-        *("index_s", "validation_s", "counts_s", "first_batch_s", "total_s", "rare_batch_s")
+        *("index_s", "validation_s", "counts_s", "first_batch_s", "total_s", "processor_s", "rare_batch_s")
     }
+    assert 0 < first["opens"] <= 2 * 20
+    assert 20 <= first["stats"] <= 2 * 20

@@ -17,7 +17,8 @@ import pytest
 from stack.config import UserError
 from stack.data.index import SUFFIX, build_index
 from stack.data.lint import lint
-from stack.data.shards import find, index_shards
+from stack.data.shards import index_shards
+from stack.data.sources import find
 
 
 @pytest.fixture

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from stack.config import UserError, dump, load, validate
 from stack.data.buckets import BucketConfig, BucketRule, fit, histogram, unfilled
 from stack.data.dataset import ImageData, ImageDataset, LatentData, LatentDataset
+from stack.data.index import build_index
 from stack.data.plan import BatchPlan, Rows
-from stack.data.shards import build_index, find_shards
+from stack.data.sources import find_shards
 
 PHOTOS = Path(__file__).parents[2].parent / "shared" / "data" / "photos"
 

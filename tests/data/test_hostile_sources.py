@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from stack.config import UserError
-from stack.data.shards import find_shards
+from stack.data.sources import find_shards
 
 ROOT = Path(__file__).parents[2]
 # {ran} is a file that must not appear, {folder} one of harmless shards.
@@ -87,7 +87,7 @@ def test_braces_are_not_written_out_before_they_are_counted():
 import resource
 from pathlib import Path
 from stack.config import UserError
-from stack.data.shards import find_shards
+from stack.data.sources import find_shards
 mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (mapped + 2**31, mapped + 2**31))
 for source in SOURCES:

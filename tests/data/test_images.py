@@ -10,7 +10,8 @@ from PIL import Image
 from stack.data.buckets import fit
 from stack.data.images import DecodeError, decode_image, image_size, to_bucket
 from stack.data.index import build_index
-from stack.data.shards import ShardReader, find_shards
+from stack.data.shards import ShardReader
+from stack.data.sources import find_shards
 
 DATA = Path(__file__).parents[2].parent / "shared" / "data"
 

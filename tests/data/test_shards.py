@@ -22,7 +22,8 @@ from safetensors.torch import save
 
 from stack.config import UserError
 from stack.data.index import SUFFIX, ShardIndex, build_index
-from stack.data.shards import ShardReader, ShardSet, find_shards, index_shards
+from stack.data.shards import ShardReader, ShardSet, index_shards
+from stack.data.sources import find_shards
 
 DATA = Path(__file__).parents[2].parent / "shared" / "data"
 
