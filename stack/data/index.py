@@ -226,10 +226,7 @@ class ShardIndex:
 
     def _listed(self, name: str) -> list[Any]:
         """The JSON list in a column."""
-        mapped = self._buffer is not None
         data = self._column(name).tobytes()
-        if not mapped:
-            self.release()
         return json.loads(data) if data else []
 
     def _column(self, name: str) -> np.ndarray:
