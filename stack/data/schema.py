@@ -33,7 +33,7 @@ VERSION = 3
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 MANIFEST = "manifest.json"
 READING = 2
-"""How samples are read. 1: captions went uncleaned into tokenizers that did not clean them."""
+"""How samples are read. 1: tokenizers got captions uncleaned, and colour profiles of images were ignored."""
 T5Dtype = Literal["float8"] | None
 _WRITE_ANEW = "remove it and run `mmdit preencode` again, which writes it anew"
 

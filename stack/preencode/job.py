@@ -119,7 +119,7 @@ def preencode(config: PreencodeConfig) -> Manifest:
     _refuse_source(config, source, targets, share.existing)
     had_all = not share.left
     if share.left and reading != READING:
-        say(f"{config.out}: an older version made this set, which read some captions otherwise: see `--verify`")
+        say(f"{config.out}: an older version made this set, which read some samples otherwise: see `--verify`")
     if not had_all:
         _work(config, source, ShardReader(source.indices, cache), share)
     if had_all and (config.out / MANIFEST).exists():
