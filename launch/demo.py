@@ -343,12 +343,12 @@ def _report(demo: Demo, autoencoder: Path, model: Path, ranks: int) -> None:
     from stack import config as configuration
     from stack.evaluate import report
     from stack.files import publish
-    from stack.log import read_metrics
+    from stack.log import metrics_of
     from stack.train.recipe import TrainConfig
 
     resolved = configuration.load(TrainConfig, model / "config.yaml")
     result = json.loads((model / "eval.jsonl").read_text(encoding="utf-8").splitlines()[-1])
-    validation = [line["val_loss"] for line in read_metrics(model) if "val_loss" in line]
+    validation = [line["val_loss"] for line in metrics_of(model) if "val_loss" in line]
     stages = {name: record for name, record in demo.done.items() if record.get("finished")}
     seconds = {name: round(record["seconds"], 1) for name, record in stages.items()}
     plans = {name: Plan(*demo.done["values"][f"{name} plan"]["value"][1]) for name in NEEDS}

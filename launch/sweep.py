@@ -298,14 +298,16 @@ def cancel(folder: Path) -> int:
 
 def rows(folder: Path) -> list[Row]:
     """Where each trial of the sweep in `folder` stands, by its job and its run's metrics."""
-    from stack.log import read_metrics
+    from stack.log import metrics_of
 
     record = _read(folder)
     name, found = record.sweep.metric.name, []
     for trial, state in zip(record.trials, _states(folder, record), strict=True):
-        lines = read_metrics(folder / "runs" / trial.name)
-        losses = [line["loss"] for line in lines if "loss" in line]
-        curve = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
+        step, loss, curve = 0, None, []
+        for line in metrics_of(folder / "runs" / trial.name):
+            step, loss = line["step"], line.get("loss", loss)
+            if line.get(name) is not None:
+                curve.append((step, line[name]))
         best_step, best = record.sweep.metric.best(curve) or (None, None)
         found.append(
             Row(
@@ -313,9 +315,9 @@ def rows(folder: Path) -> list[Row]:
                 values=trial.values,
                 state=state.name if state else "waiting",
                 reason=state.reason if state else "",
-                step=lines[-1]["step"] if lines else 0,
+                step=step,
                 steps=trial.steps,
-                loss=losses[-1] if losses else None,
+                loss=loss,
                 best=best,
                 best_step=best_step,
                 curve=curve,

@@ -87,6 +87,7 @@ class Claims:
             "ticks": _ticks(process.pid),
         }
         self._mine: dict[str, tuple[str, float]] = {}  # name → the claim's content, and when it was certainly there
+        self._hearts = _Hearts()
 
     @contextmanager
     def hold(self, name: str, note: Mapping[str, Any] | None = None) -> Iterator[bool]:
@@ -103,15 +104,11 @@ class Claims:
         if descriptor is None:
             yield False
             return
-        done = threading.Event()
-        heart = threading.Thread(target=_beat, args=(descriptor, done), daemon=True)
-        heart.start()
         self._mine[name] = (content, time.monotonic())
         try:
-            yield True
+            with self._hearts.of(descriptor):
+                yield True
         finally:
-            done.set()
-            heart.join()
             os.close(descriptor)
             del self._mine[name]
             if _content(path) == content:
@@ -251,10 +248,37 @@ class Claims:
         return now
 
 
-def _beat(descriptor: int, done: threading.Event) -> None:
+class _Hearts:
+    """One thread that beats for all claims of a worker, while it has any. They are files of their own, whatever is at
+    their paths by now."""
+
+    def __init__(self) -> None:
+        self.descriptors: set[int] = set()
+        self.lock = threading.Lock()
+        self._done = threading.Event()
+
+    @contextmanager
+    def of(self, descriptor: int) -> Iterator[None]:
+        with self.lock:
+            if not self.descriptors:
+                self._done = threading.Event()
+                threading.Thread(target=_beat, args=(self, self._done), daemon=True).start()
+            self.descriptors.add(descriptor)
+        try:
+            yield
+        finally:
+            with self.lock:  # from here on, the number may be another file's
+                self.descriptors.remove(descriptor)
+                if not self.descriptors:
+                    self._done.set()
+
+
+def _beat(hearts: _Hearts, done: threading.Event) -> None:
     while not done.wait(HEARTBEAT_S):
-        with contextlib.suppress(OSError):
-            os.utime(descriptor)  # this file's and no other's, should another worker have taken the claim over
+        with hearts.lock:
+            for descriptor in () if done.is_set() else hearts.descriptors:
+                with contextlib.suppress(OSError):
+                    os.utime(descriptor)
 
 
 def _quiet(path: Path, look: _Look) -> float:

@@ -22,7 +22,7 @@ _MAX_SCANS = 128  # of a progressive JPEG, each of which goes over all of the im
 _SCAN, _END = b"\xff\xda", b"\xff\xd9"
 _SEGMENT = re.compile(rb"\xff[\xc0-\xcf\xd9-\xfe]")  # all markers that libjpeg takes, but those without a length
 _EXIF_ORIENTATION = 0x0112
-_ORIENTED = ("exif", "Raw profile type exif", "xmp")  # keys of `Image.info` that Pillow looks into
+_ORIENTED = ("exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp")  # keys of `Image.info` that Pillow looks into
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,

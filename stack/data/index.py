@@ -19,7 +19,7 @@ import os
 import zlib
 from collections import Counter
 from pathlib import Path
-from typing import IO, Any, BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -421,7 +421,9 @@ def _measure(file: BinaryIO, group: dict[str, Member]) -> tuple[int, int, list[i
             length = len(safety.read_caption(content))
         except DecodeError as error:
             bad_caption = safety.cut(str(error))
-    width, height = image_size(_header(file, image, read(image, length=12)))
+    # Through a window: Pillow reads no further than the header, and the pixels are most of a shard.
+    most = _most_of_header(read(image, length=12), image.size)
+    width, height = image_size(io.BufferedReader(_Window(file, image, most), 2**14))
     if image.size > 8 * width * height + _MAX_IMAGE_HEADER:
         raise DecodeError(f"image too large: {image.size:,} bytes for {width}×{height} pixels")
     return width, height, [length], content, bad_caption
@@ -432,13 +434,11 @@ def _image(group: dict[str, Member]) -> Member | None:
     return next((group[extension] for extension in safety.IMAGE_EXTENSIONS if extension in group), None)
 
 
-def _header(file: BinaryIO, image: Member, magic: bytes) -> IO[bytes]:
-    """An image without what is most of a shard, its pixels. Of a WebP Pillow reads all; of a PNG little is read beside
-    the heads of its chunks, between which a buffer would be filled in vain."""
-    if magic.startswith(png.MAGIC):
-        return _Window(file, image, _MAX_IMAGE_HEADER)  # type: ignore[return-value]
-    is_webp = magic[:4] == b"RIFF" and magic[8:] == b"WEBP"
-    return io.BufferedReader(_Window(file, image, image.size if is_webp else _MAX_IMAGE_HEADER), 2**14)
+def _most_of_header(magic: bytes, size: int) -> int:
+    """Bytes that are read of an image before its pixels: a WebP is read as a whole, and in a PNG the pixels are skipped
+    to find what is behind them."""
+    whole = magic.startswith(png.MAGIC) or (magic[:4] == b"RIFF" and magic[8:] == b"WEBP")
+    return size if whole else _MAX_IMAGE_HEADER
 
 
 class _Window(io.RawIOBase):

@@ -25,12 +25,15 @@ _MAX_CHUNK = 2**24  # bytes of a chunk beside the pixels that is read for the si
 _PIXELS = frozenset({b"IHDR", b"PLTE", b"tRNS", b"IDAT"})
 _COLOURS = frozenset({b"iCCP", b"gAMA", b"cHRM", b"sRGB", b"cICP"})
 _TEXTS = frozenset({b"tEXt", b"zTXt", b"iTXt"})
+_ANYWHERE = _TEXTS | {b"eXIf", b"IDAT"}
+_BEFORE_PIXELS = _PIXELS | _COLOURS | _ANYWHERE
 _KEPT_TEXTS = {  # keyword → key of `info`, as Pillow names them
     b"exif": "exif",
     b"Raw profile type exif": "Raw profile type exif",
     b"Raw profile type APP1": "Raw profile type APP1",
-    b"XML:com.adobe.xmp": "xmp",
+    b"XML:com.adobe.xmp": "XML:com.adobe.xmp",
 }
+_is_name = re.compile(rb"\w{4}").fullmatch
 _BAND = 64  # rows of 16-bit samples that are converted at once
 
 
@@ -41,25 +44,26 @@ class DamagedError(ValueError):
 def open_png(file: IO[bytes], pixels: bool) -> Image.Image:
     """Open a PNG with Pillow. Its pixels can only be loaded if `pixels` is true; they are skipped otherwise.
 
-    `info` has Pillow's keys for colour and orientation (icc_profile, gamma, chromaticity, srgb, transparency, exif,
-    xmp, "Raw profile type exif"), and beside them cicp, "Raw profile type APP1", depth (bits per sample), grey (whether
-    the samples are grey) and unread (names of the texts that are broken or larger than `MAX_UNPACKED`). A transparent
-    colour is scaled as Pillow scales the samples.
+    `info` has Pillow's keys for colour and orientation: icc_profile, gamma, chromaticity, srgb, transparency, exif,
+    "XML:com.adobe.xmp", "Raw profile type exif". It also has cicp, "Raw profile type APP1", depth (bits per sample),
+    grey (whether the samples are grey), and unread (names of the texts that are broken or larger than `MAX_UNPACKED`).
+    A transparent colour is scaled as Pillow scales the samples.
 
     Raises DamagedError, and whatever Pillow raises.
     """
     file.seek(len(MAGIC))
     kept, info = [MAGIC], dict[str, Any](unread=[])
-    key, before_pixels = b"", True
+    key, useful = b"", _BEFORE_PIXELS
     while len(head := file.read(8)) == 8:
         length, kind = int.from_bytes(head[:4], "big"), head[4:]
-        if not re.fullmatch(rb"\w{4}", kind):
-            raise DamagedError(f"broken PNG file (chunk {kind!r})")
         if kind == b"IEND":
             break
-        used = kind == b"eXIf" or kind in _TEXTS or (before_pixels and kind in _PIXELS | _COLOURS) or kind == b"IDAT"
-        before_pixels &= kind != b"IDAT"
-        if not pixels and (kind == b"IDAT" or not used or length > _MAX_CHUNK):
+        if kind == b"IDAT":
+            useful = _ANYWHERE
+        used = kind in useful
+        if not used and not _is_name(kind):
+            raise DamagedError(f"broken PNG file (chunk {kind!r})")
+        if not pixels and (not used or kind == b"IDAT" or length > _MAX_CHUNK):
             file.seek(length + 4, io.SEEK_CUR)
             continue
         data, check = file.read(length), file.read(4)
@@ -147,7 +151,7 @@ def _add_text(kind: bytes, data: bytes, info: dict[str, Any]) -> None:
     if unpacked is None or len(unpacked) > MAX_UNPACKED:
         info["unread"].append(keyword.decode())
     else:
-        info[name] = unpacked.decode("latin-1") if name.startswith("Raw") else unpacked
+        info[name] = unpacked if name == "exif" else unpacked.decode("latin-1")
 
 
 def _unpack(data: bytes) -> bytes | None:

@@ -19,7 +19,7 @@ import torch
 from pydantic import Field, PositiveInt
 from torch import Tensor
 
-from stack.config import Config, UserError, validate
+from stack.config import Config, UserError, is_users, validate
 from stack.data import remote
 from stack.data.cuts import Cut
 from stack.data.safety import check_source
@@ -35,6 +35,7 @@ MANIFEST = "manifest.json"
 READING = 2
 """How samples are read. 1: captions went uncleaned into tokenizers that did not clean them."""
 T5Dtype = Literal["float8"] | None
+_WRITE_ANEW = "remove it and run `mmdit preencode` again, which writes it anew"
 
 
 @dataclass
@@ -178,22 +179,36 @@ def load_manifest(folder: str | Path) -> Manifest:
     elif not Path(folder).is_dir():
         raise UserError(f"data.path: {folder}: no such folder; make it with `mmdit preencode`")
     else:
-        data = Path(path).read_bytes() if Path(path).exists() else None
+        data = _local_manifest(Path(path))
     if data is None:
         raise UserError(f"{redact(folder)}: no {MANIFEST}; pre-encoding has not finished, run `mmdit preencode` again")
     try:
         values = json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not valid JSON: {error}") from None
+        raise UserError(f"{path}: not valid JSON: {error}: {_WRITE_ANEW}") from None
     version = values.get("version") if isinstance(values, dict) else None
     if version != VERSION:
         raise UserError(f"{path}: version {version!r}, this version of the stack reads {VERSION}")
-    manifest = validate(Manifest, values, path)
+    try:
+        manifest = validate(Manifest, values, path)
+    except UserError as error:
+        raise UserError(f"{error}: {_WRITE_ANEW}") from None
     try:
         _ = manifest.empty_text
     except Exception as error:  # whatever a damaged file makes of it
-        raise UserError(f"{path}: empty_caption cannot be read: {error}") from None
+        raise UserError(f"{path}: empty_caption cannot be read: {error}: {_WRITE_ANEW}") from None
     return manifest
+
+
+def _local_manifest(path: Path) -> bytes | None:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        if is_users(error):
+            raise UserError(f"{path}: cannot be read: {error.strerror}: {_WRITE_ANEW}") from None
+        raise
 
 
 def _in(folder: str, name: str) -> str:

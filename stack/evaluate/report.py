@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from stack.files import publish
-from stack.log import read_metrics
+from stack.log import metrics_of
 from stack.train import snapshot
 
 MAX_SHEETS = 8
@@ -26,14 +26,17 @@ def curves(run: Path) -> str:
     matplotlib.use("agg")
     from matplotlib.figure import Figure
 
-    lines = read_metrics(run)
+    curves: dict[str, list[tuple[int, float]]] = {"loss": [], "val_loss": []}
+    for line in metrics_of(run):
+        for name, points in curves.items():
+            if line.get(name) is not None:
+                points.append((line["step"], line[name]))
     figure = Figure(figsize=(6.4, 3.2), layout="constrained")
     axes = figure.add_subplot()
     for name, label, style in (("loss", "training", "-"), ("val_loss", "validation (averaged weights)", "o-")):
-        points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
-        if points:
-            axes.plot(*zip(*points, strict=True), style, label=label, linewidth=1.2, markersize=4)
-    values = [line[name] for line in lines for name in ("loss", "val_loss") if line.get(name) is not None]
+        if curves[name]:
+            axes.plot(*zip(*curves[name], strict=True), style, label=label, linewidth=1.2, markersize=4)
+    values = [value for points in curves.values() for _, value in points]
     if values:
         ordered = sorted(values)
         axes.set_ylim(0.95 * ordered[0], 1.1 * ordered[int(0.97 * (len(ordered) - 1))])

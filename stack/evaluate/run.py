@@ -232,6 +232,8 @@ class Evaluator:
             raise UserError(f"{snap.path}: not the weights of the model that is configured with {changed}")
         network.load_state_dict(snap.weights)
         loss_N = loop.validation_losses(self._objective, network, self._data, self._asked.batch_size)
+        if not len(loss_N):
+            say(f"{self.run}: no sample is held out: val_loss is null")
         result: dict[str, Any] = {"step": step, "val_loss": float(loss_N.mean())}
         if isinstance(self._objective, TextToImage | ClassToImage):
             result["val_loss_at_t"] = metrics.by_timestep(loss_N)

@@ -79,7 +79,8 @@ def captions(subject: Subject) -> str:
     pooled = "projected" if text.clip_projection else "the EOT state before the projection"
     return (
         f"Captions went into {', '.join(lengths)}, {padded} (`pad: {text.pad}`). In the context, {tokens}; the pooled "
-        f"vector is {pooled}. What classifier-free guidance leaves out is zeros."
+        f"vector is {pooled}. What classifier-free guidance leaves out is zeros. Texts were cleaned before as "
+        "open_clip does (`ftfy.fix_text`, HTML entities, white space), which the pipeline leaves to its caller."
     )
 
 

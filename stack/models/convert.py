@@ -122,9 +122,13 @@ class _Parts:
 
 def _describe(source: TensorSource) -> tuple[MMDiTConfig, list[Tensors], str, str | None]:
     """The architecture, the table of names (empty: ours), what stands before each name, the position table's name."""
-    own = json.loads(source.metadata.get("config", "{}"))
-    if "model" in own:
-        return MMDiTConfig(**own["model"]), [], "", None
+    try:
+        own = json.loads(source.metadata.get("config", "{}"))
+        if "model" in own:
+            return MMDiTConfig(**own["model"]), [], "", None
+    except (ValueError, TypeError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{source.path}: its metadata is not that of a snapshot of this stack: {reason}") from None
     description = source.path / "config.json"
     if description.is_file():
         config, family = _from_diffusers(json.loads(description.read_text(encoding="utf-8")), description)

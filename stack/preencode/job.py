@@ -116,7 +116,7 @@ def preencode(config: PreencodeConfig) -> Manifest:
     reading = load_manifest(config.out).reading if (config.out / MANIFEST).exists() else READING
     settings = settings_of(config, source, encoder_fingerprints(config), dist.frozen_dtype(dist.device()), reading)
     share = Share(config.out, targets, settings, configuration.fingerprint_of(settings))
-    _refuse_source(config, source, targets, share.left)
+    _refuse_source(config, source, targets, share.existing)
     had_all = not share.left
     if share.left and reading != READING:
         say(f"{config.out}: an older version made this set, which read some captions otherwise: see `--verify`")

@@ -18,6 +18,7 @@ import uuid
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,8 +54,8 @@ def _names(target: Path) -> _Names:
 class Share:
     """The shards of a job in the folder `out`, as one worker sees them.
 
-    finished: number of the shard → what its stats tell.  left: numbers of the others.  `on_found(number)` is called for
-    each shard that another worker has finished.
+    finished: number of the shard → what its stats tell.  left: numbers of the others.  existing: those of them with a
+    file in the folder at the start.  `on_found(number)` is called for each shard that another worker has finished.
 
     Raises UserError for a folder with shards of another mark.
     """
@@ -69,6 +70,7 @@ class Share:
         self._listed_at, self._pause = 0.0, 0.0
         out.mkdir(parents=True, exist_ok=True)
         self._read_finished(present := set(os.listdir(out)))
+        self.existing = [number for number in self.left if self._names[number].tar in present]
         own = {names.stats for names in self._names}
         others = [out / name for name in sorted(present) if name.endswith("_stats.json") and name not in own]
         for path, stats in zip(others, read_all(others), strict=True):
@@ -97,7 +99,7 @@ class Share:
             if number is None:
                 if not waiting and (waiting := self._others()):
                     say(f"{self.out}: waiting for shards of other workers: {waiting}")
-                time.sleep(self._pause)
+                time.sleep(max(POLL_S, self._pause))
                 self._list()
                 continue
             self._order.popleft()
@@ -145,7 +147,7 @@ class Share:
     def _list(self) -> None:
         """See which shards are finished by now, and put those that nobody has in hand in order.
 
-        The first worker begins at the first shard. One that meets others begins anywhere, so that they seldom meet.
+        The first worker begins at the first shard, others begin far from those that they see.
         """
         began = time.monotonic()
         present = set(os.listdir(self.out)) if len(self.left) > _FEW else None
@@ -155,12 +157,12 @@ class Share:
         if self.left and not free:
             claimed = self._claims.held()  # without the dead
             free = [number for number in self.left if self._names[number].claim not in claimed]
-        at = random.randrange(len(free)) if claimed and free else 0
+        at = _far_from_others(free) if claimed and free else 0
         self._order = deque(free[at:] + free[:at])
         if leftovers := [name for name in present or () if name.endswith(".tmp")]:
             self._claims.sweep(self.out, {name for number in free for name in self._names[number]}, leftovers)
         self._listed_at = time.monotonic()
-        self._pause = max(POLL_S, (self._listed_at - began) / _LISTING_SHARE)
+        self._pause = (self._listed_at - began) / _LISTING_SHARE
 
     def _read_finished(self, present: set[str] | None) -> None:
         """Take in the shards that were finished meanwhile. present: the names in the folder, if it was listed."""
@@ -231,6 +233,14 @@ class Share:
         claims = {self._names[number].claim for number in self.left}
         owners = [f"{name} ({owner or 'unknown'})" for name, owner in self._claims.owners().items() if name in claims]
         return ", ".join(owners[:_NAMED]) + (f" and {len(owners) - _NAMED:,} more" if len(owners) > _NAMED else "")
+
+
+def _far_from_others(free: list[int]) -> int:
+    """A place in the middle half of the longest run of consecutive numbers."""
+    ends = [at for at in range(1, len(free)) if free[at] != free[at - 1] + 1]
+    start, end = max(pairwise([0, *ends, len(free)]), key=lambda run: run[1] - run[0])
+    quarter = (end - start) // 4
+    return random.randrange(start + quarter, end - quarter)
 
 
 def _settings_of_manifest(out: Path, ours: dict[str, Any]) -> dict[str, Any]:

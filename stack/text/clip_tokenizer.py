@@ -37,7 +37,8 @@ def build(vocabulary: dict[str, int], merges: list[tuple[str, str]]) -> Tokenize
 
 
 def _as_open_clip(fast: Tokenizer) -> Tokenizer:
-    """`fast` with open_clip's way from a cleaned text to words, and so with its ids."""
+    """`fast` with open_clip's way from a cleaned text to words, and so with its ids. Special tokens that a text spells
+    out are text."""
     from tokenizers import Regex, normalizers, pre_tokenizers
 
     words = pre_tokenizers.Split(Regex(_WORDS), "removed", invert=True)
@@ -45,6 +46,7 @@ def _as_open_clip(fast: Tokenizer) -> Tokenizer:
     fast.pre_tokenizer = pre_tokenizers.Sequence(
         [words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     )
+    fast.encode_special_tokens = True
     return fast
 
 

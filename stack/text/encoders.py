@@ -322,12 +322,11 @@ def _load(name: str, folder: Path, config: TextConfig, device: torch.device, dty
 
 
 def _tokenizer(name: str, vocabulary: Path, max_tokens: int) -> Tokenizer:
-    """For cleaned texts, of which `max_tokens` tokens are kept; special tokens that a text spells out are text."""
+    """For cleaned texts, of which `max_tokens` tokens are kept."""
     if vocabulary.name != "tokenizer.json":
         fast = clip_tokenizer.build(*_open_clip_table(vocabulary))
     else:
         fast = (tokenizer if name == "t5" else clip_tokenizer).load(vocabulary.parent)
-    fast.encode_special_tokens = True
     fast.no_padding()
     fast.enable_truncation(max_tokens)
     return fast

@@ -72,15 +72,16 @@ def write(run: Path, step: int, weights: dict[str, Tensor], metadata: dict[str, 
     path = run / "snapshots" / f"{step:08d}.safetensors"
     remove_leftovers(path.parent)
     known = origin.of(run)
-    config = json.dumps({**metadata, "step": step} | ({"origin": known} if known else {}))
-    with publish(path) as temporary:
-        save_file(weights, temporary, metadata={"config": config, "sha256": _sha256(config, weights)})
+    config = {**metadata, "step": step} | ({"origin": known} if known else {})
+    config["sha256"] = _sha256(config, weights)
+    with publish(path) as temporary:  # one key: safetensors writes several in any order
+        save_file(weights, temporary, metadata={"config": json.dumps(config)})
     return path
 
 
-def _sha256(config: str, weights: dict[str, Tensor]) -> str:
+def _sha256(config: dict[str, Any], weights: dict[str, Tensor]) -> str:
     """A hash of the configuration and of each tensor's name, type, shape and bytes."""
-    digest = hashlib.sha256(config.encode())
+    digest = hashlib.sha256(json.dumps(config).encode())
     for name in sorted(weights):
         tensor = weights[name].detach().cpu().contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -138,13 +139,13 @@ def read(run: Path, step: int | None = None) -> Snapshot:
         if path.is_dir():
             raise ValueError("it is a folder")
         with safe_open(path, framework="pt") as file:
-            strings = file.metadata() or {}
+            metadata = json.loads((file.metadata() or {})["config"])
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dictionary)
-        metadata = json.loads(strings["config"])
         if not isinstance(metadata, dict) or type(metadata["step"]) is not int or not isinstance(metadata["kind"], str):
             raise ValueError("its metadata is not that of a snapshot")
     except (SafetensorError, KeyError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not a snapshot of this stack ({error}); {ANOTHER}") from None
-    if strings.get("sha256") not in (None, _sha256(strings["config"], weights)):
+    known = metadata.pop("sha256", None)
+    if known is not None and known != _sha256(metadata, weights):
         raise UserError(f"{path}: damaged, its hash is another than when it was written; {ANOTHER}")
     return Snapshot(path, metadata["step"], Metadata(path, metadata), weights)

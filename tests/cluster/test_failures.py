@@ -10,6 +10,7 @@ from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import psutil
+import pytest
 
 ZERO = {"parallel": {"engine": "zero", "zero_stage": 2}}
 
@@ -49,14 +50,34 @@ def test_no_process_outlives_a_killed_launcher(stage, training):
 
 
 def test_a_full_disk_ends_no_run(stage, training):
-    """No file may grow to the size of a checkpoint or snapshot; with room again, the same command trains anew."""
+    """No file may grow to the size of a checkpoint or snapshot, until the run waits for room at its end."""
+
+    def no_room() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, resource.RLIM_INFINITY))
+
+    config = stage.train_config("full", schedule={"steps": 6, "warmup": 1}, checkpoint={"every": 3})
+    full = training(config, 1, preexec_fn=no_room)
+    said = until_said(full, "trying again")
+    assert "checkpoint 3 failed" in said
+    assert "snapshot 6 failed" in said
+    assert not list((full.run / "checkpoints").glob("0*"))
+    resource.prlimit(full.process.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    full.finish()
+    assert (full.run / "checkpoints" / "00000006" / "COMPLETE").exists()
+    assert (full.run / "snapshots" / "00000006.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_a_disk_that_stays_full_is_the_failure_of_the_run(stage, training):
+    """With room again, the same command trains anew."""
 
     def no_room() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
 
-    config = stage.train_config("full", schedule={"steps": 6, "warmup": 1}, checkpoint={"every": 3})
+    config = stage.train_config("stays-full", schedule={"steps": 6, "warmup": 1}, checkpoint={"every": 3})
     full = training(config, 1, preexec_fn=no_room)
-    said = full.finish()
+    said = full.process.communicate(timeout=600)[1]
+    assert full.process.returncode == 1, said
     assert "checkpoint 3 failed" in said
     assert "checkpoint 6 failed" in said
     assert "snapshot 6 failed" in said
@@ -64,6 +85,36 @@ def test_a_full_disk_ends_no_run(stage, training):
     again = training(config, 1)
     assert "failed" not in again.finish()
     assert (again.run / "checkpoints" / "00000006" / "COMPLETE").exists()
+
+
+def until_said(run, words: str) -> str:
+    """Its standard error up to the line with `words`."""
+    lines = []
+    for line in run.process.stderr:
+        lines.append(line)
+        if words in line:
+            return "".join(lines)
+    raise AssertionError(f"{words!r} was not said: {''.join(lines)}")
+
+
+def test_a_rank_that_cannot_read_a_checkpoint_ends_all_alike_and_nothing_is_lost(stage, training):
+    """Its own file of the newest one, by a link to itself: both ranks end with the reason, a retry goes on from it."""
+    sections = {"schedule": {"steps": 6, "warmup": 1}, "checkpoint": {"every": 2, "keep": 2}}
+    config = stage.train_config("unreadable", **ZERO, **sections)
+    training(config, 2).finish()
+    run = stage.folder / "unreadable"
+    file = run / "checkpoints" / "00000006" / "rank-00001.safetensors"
+    file.rename(run / "aside")
+    file.symlink_to(file.name)
+    before = (run / "metrics.jsonl").read_bytes()
+    said = training(config, 2).finish(code=1)
+    assert "Too many levels of symbolic links" in said
+    assert "start again when the checkpoints can be read" in said
+    assert "Traceback" not in said
+    file.unlink()
+    (run / "aside").rename(file)
+    assert (run / "metrics.jsonl").read_bytes() == before
+    assert "going on after step 6" in training(config, 2).finish()
 
 
 def test_a_disk_that_is_full_for_one_rank_spoils_no_checkpoint(stage, training):

@@ -375,3 +375,27 @@ def test_chunks_that_mean_nothing_leave_the_pixels_alone_and_are_named(chunks: l
     assert np.array_equal(seen(data), PIXELS)
     (named,) = unused_metadata(data)
     assert named.startswith("colour")
+
+
+# ---- everywhere
+
+
+def test_all_that_reads_images_sees_the_converted_colours(tmp_path, pack) -> None:
+    """Training of models of pixels, the references of evaluations, and lint."""
+    from stack.data.images import to_pixels
+    from stack.data.lint import lint
+    from stack.evaluate.metrics import images_in
+
+    profile = RGB_PROFILES["Adobe RGB"]
+    good = encoded(Image.new("RGB", (32, 32), (200, 40, 60)), icc_profile=profile)
+    wrong = encoded(Image.new("L", (32, 32), 200), icc_profile=profile)
+    red = by_littlecms(plain(good), profile)
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "a.png").write_bytes(good)
+    assert off(next(images_in(tmp_path / "images")).astype(int), red) <= 1
+    assert off((to_pixels(good, (32, 32), 3).permute(1, 2, 0).numpy() + 1) * 127.5, red) <= 1.1
+    members = [("a.png", good), ("a.txt", b"red"), ("b.png", wrong), ("b.txt", b"grey")]
+    problems = list(lint(pack(tmp_path / "shards" / "x.tar", members).parent))
+    assert [(problem.key, problem.reason) for problem in problems] == [
+        ("b", "colour profile not used: it is of RGB, the pixels are GRAY")
+    ]

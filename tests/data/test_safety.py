@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import struct
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from safetensors.torch import save
 from stack.config import UserError
 from stack.data import layout, safety
 from stack.data.safety import DecodeError, RejectLog
+from stack.data.shards import index_shards
 from stack.shown import redact
 
 
@@ -92,6 +95,64 @@ def test_too_many_pixels_are_refused_from_the_header() -> None:
             safety.open_image(_png_of(*size))
 
 
+@pytest.mark.filterwarnings("error::PIL.Image.DecompressionBombWarning")
+def test_the_limit_of_pixels_is_a_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MMDIT_MAX_PIXELS", "400000000")
+    assert safety.open_image(_png_of(20000, 19000)).size == (20000, 19000)  # Pillow's own limit is 179 megapixels
+    monkeypatch.setenv("MMDIT_MAX_PIXELS", "99")
+    assert safety.open_image(_png_of(11, 9)).size == (11, 9)
+    with pytest.raises(DecodeError, match=r"image too large: 10×10 pixels \(MMDIT_MAX_PIXELS is 99\)"):
+        safety.open_image(_png_of(10, 10))
+    for wrong in ("", "0", "-1", "64e6", "many"):
+        monkeypatch.setenv("MMDIT_MAX_PIXELS", wrong)
+        with pytest.raises(UserError, match=f"MMDIT_MAX_PIXELS: '{wrong}' is not a positive integer"):
+            safety.max_pixels()
+
+
+def test_an_index_holds_for_the_limits_of_pixels_that_give_the_same_samples(
+    tmp_path: Path, pack: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    members = []
+    for side in (10, 20, 30):
+        stream = io.BytesIO()
+        Image.new("RGB", (side, side)).save(stream, "PNG")
+        members += [(f"{side}.png", stream.getvalue()), (f"{side}.txt", b"a square")]
+    pack(tmp_path / "x.tar", members)
+    path = tmp_path / "x.index.safetensors"
+
+    def keys(limit: int) -> tuple[list[str], bool]:
+        """The usable samples, and whether the index was written again."""
+        before = path.stat().st_mtime_ns if path.exists() else 0
+        monkeypatch.setenv("MMDIT_MAX_PIXELS", str(limit))
+        (index,) = index_shards(tmp_path)
+        return index.keys, path.stat().st_mtime_ns != before
+
+    assert keys(500) == (["10", "20"], True)
+    assert keys(899) == (["10", "20"], False)
+    assert keys(400) == (["10", "20"], False)
+    assert keys(900) == (["10", "20", "30"], True)
+    assert keys(10**6) == (["10", "20", "30"], False)
+    assert keys(399) == (["10"], True)
+
+
+@pytest.mark.parametrize("command", ["index", "lint", "preview"])
+def test_commands_follow_the_limit_of_pixels(
+    command: str, tmp_path: Path, pack: Callable, sample: Callable, mmdit: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pack(tmp_path / "shards" / "x.tar", sample("a", 1))
+    options = ["--resolution", 32, "-o", tmp_path / "page.html"] if command == "preview" else []
+    for limit, shown in (
+        ("many", "MMDIT_MAX_PIXELS: 'many' is not"),
+        ("1023", "too large|not one usable"),
+        ("1024", ""),
+    ):
+        monkeypatch.setenv("MMDIT_MAX_PIXELS", limit)
+        done = mmdit("data", command, tmp_path / "shards", *options)
+        assert re.search(shown, done.stdout + done.stderr), done
+        if limit != "1023":
+            assert done.returncode == (2 if shown else 0), done
+
+
 def test_other_image_formats_are_refused_whatever_they_are_called() -> None:
     stream = io.BytesIO()
     Image.new("RGB", (8, 8)).save(stream, "BMP")
@@ -128,3 +189,34 @@ def test_reject_log_appends(tmp_path: Path) -> None:
     second.add("00001.tar", "ä\udcff", "no caption")
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert lines[2] == {"shard": "00001.tar", "key": "ä\udcff", "reason": "no caption"}
+
+
+def test_lines_that_cannot_be_written_now_are_written_later(tmp_path, capsys):
+    """By the process that has met the samples, which counts them all the same."""
+    folder = tmp_path / "run"
+    folder.touch()  # no folder can be made here
+    log = RejectLog(folder / "rejected.jsonl")
+    assert log.add("a.tar", "1", "image too large")
+    assert log.add("a.tar", "2", "image too large")
+    assert not log.add("a.tar", "1", "image too large")
+    assert [rejected.key for rejected in log.broken] == ["1", "2"]
+    assert capsys.readouterr().err.count("cannot be written") == 1
+    folder.unlink()
+    assert log.add("a.tar", "3", "image too large")
+    assert log.add("a.tar", "4", "image too large")
+    other = RejectLog(folder / "rejected.jsonl")
+    other.read()
+    assert [rejected.key for rejected in other.broken] == ["1", "2", "3", "4"]
+
+
+DAMAGED = ["7", "null", "[]", "{", '{"shard": "a"}', '{"shard": [], "key": "1", "reason": "x"}']
+DAMAGED += ['{"shard": "a", "key": 1, "reason": "x"}', '{"shard": "a", "key": "1", "reason": 2}']
+
+
+@pytest.mark.parametrize("line", DAMAGED)
+def test_a_damaged_line_of_rejected_samples_counts_for_nothing(tmp_path, line):
+    path = tmp_path / "rejected.jsonl"
+    path.write_text(f'{line}\n{{"shard": "a.tar", "key": "1", "reason": "image too large"}}\n')
+    log = RejectLog(path)
+    log.read()
+    assert [rejected.key for rejected in log.broken] == ["1"]
