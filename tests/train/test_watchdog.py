@@ -20,8 +20,9 @@ def hang():
 def hold_the_lock():
     ctypes.PyDLL(None).sleep(60)
 def work():
-    for _ in range(40):
-        time.sleep(0.1)
+    for _ in range(5):
+        for _ in range(10):
+            time.sleep(0.1)
         watchdog.beat()
 with Watchdog(2) as watchdog:
     print("begun", flush=True)
