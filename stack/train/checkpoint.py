@@ -19,6 +19,7 @@ import struct
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -294,7 +295,8 @@ class Checkpoints:
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path, ignore_errors=True)
             else:
-                path.unlink(missing_ok=True)
+                with suppress(OSError):
+                    path.unlink()
 
     def _retire(self, newest: int) -> None:
         """Point `latest` at the newest; remove the checkpoints before it that need not be kept.
