@@ -75,7 +75,7 @@ def test_a_result(run, mmdit, kind):
     done = mmdit("evaluate", run, "--watch")
     assert done.returncode == 0, done.stderr
     assert f"{path}: damaged" in done.stderr
-    assert done.stderr.count("eval/val_loss") == 1
+    assert done.stderr.count('"eval/val_loss":') == 1
     assert listed(run) == STEPS
 
 
