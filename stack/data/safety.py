@@ -259,7 +259,7 @@ def open_image(data: bytes | IO[bytes], pixels: bool = True) -> Image.Image:
         file.seek(0)
         image = png.open_png(file, pixels) if is_png else Image.open(file, formats=("JPEG", "WEBP"))
     except png.DamagedError as error:
-        raise DecodeError(f"image not decodable: {error}") from error
+        raise DecodeError(f"image not {'decodable' if pixels else 'readable'}: {error}") from error
     except Exception as error:  # Pillow's plugins raise nearly anything on hostile bytes
         raise DecodeError(f"image not readable: {_say(error)}") from error
     if image.width * image.height > most:
