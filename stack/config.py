@@ -35,7 +35,7 @@ def is_users(error: OSError) -> bool:
     Only such errors become a UserError. Any other one (EIO, ESTALE, ENOSPC, a network that is away) may pass: it is
     raised unchanged, the command exits with code 1, and the job scripts retry it.
     """
-    kinds = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+    kinds = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
     return isinstance(error, kinds) or error.errno in (errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL, errno.EROFS)
 
 

@@ -401,7 +401,10 @@ class ShardReader:
 
     def caption(self, shard: int, row: int) -> str | None:
         """KEY.txt, None if the sample has none. Raises DecodeError, and UserError as `read`."""
-        if not self.indices[shard].has(row, "txt"):
+        index = self.indices[shard]
+        if not index.has(row, "txt"):
+            if reason := index.bad_captions.get(row):  # a link, or a file of another kind
+                raise DecodeError(reason)
             return None
         return read_caption(self.read(shard, row, "txt", MAX_CAPTION + 1))
 

@@ -93,8 +93,8 @@ class Inception:
         if path.suffix != ".safetensors":
             raise UserError(f"inception: {path} is not a .safetensors file; README.md says how to convert the weights")
         weights = io.BytesIO()  # the library fetches or unpickles weights: it gets what was written here
-        probe(path)
         try:
+            probe(path)
             torch.save(load_file(path), weights)
             weights.seek(0)
             with torch.random.fork_rng(devices=[]):

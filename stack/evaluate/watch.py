@@ -72,15 +72,15 @@ def watch(run: Path, asked: EvaluationConfig, overrides: Sequence[str] = (), pat
             stop.check()
             _lose_patience(run, began, patience_s)
             time.sleep(POLL_S)
-        say(f"{run}: watching for snapshots")
         while True:
             with stop.interrupting():
                 evaluator = Evaluator(run, asked, overrides)
+            say(f"{run}: watching for snapshots")
             with closing(evaluator):
                 failed = _watch(evaluator, stop, began, patience_s)
             if failed is not None:
                 return failed
-            say(f"{run}: another training has begun here; watching for its snapshots")
+            say(f"{run}: another training has begun here")
 
 
 def _watch(evaluator: Evaluator, stop: _Stop, began: float, patience_s: float) -> list[int] | None:

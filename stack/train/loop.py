@@ -284,7 +284,7 @@ def _write_records(run: Path, config: TrainConfig, start: int, data: DataIdentit
             path = run / "config.yaml"
             if origin.of(run) == known and path.is_file() and path.read_bytes() == text.encode():
                 return ""  # an earlier life has written them
-            say(f"{run}: its records cannot be written: {error}")
+            say(f"{run}: origin.json, data.json or config.yaml cannot be written: {error}")
             return str(error)
         return ""
 

@@ -134,10 +134,10 @@ def read(run: Path, step: int | None = None) -> Snapshot:
     from safetensors import SafetensorError, safe_open
 
     path = run / "snapshots" / f"{find(run, step):08d}.safetensors"
-    probe(path)
     try:
         if path.is_dir():
             raise ValueError("it is a folder")
+        probe(path)
         with safe_open(path, framework="pt") as file:
             metadata = json.loads((file.metadata() or {})["config"])
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dictionary)

@@ -55,7 +55,8 @@ def write(folder: Path, shards: int, samples: int) -> None:
         groups = {key: {"safetensors": Member("", row * 204_800, 200_000, "file")} for row, key in enumerate(keys)}
         facts = {"sha256": "", "size": samples * 200_000, "version": str(10**18), "digest": str(kind)}
         measured = {key: (*SIDES[side], [int(length)]) for key, side, length in zip(keys, sides, lengths, strict=True)}
-        data = _serialize({**facts, "damage": "", "rejected": []}, groups, measured)
+        facts |= {"damage": "", "rejected": [], "bad_captions": [], "pixels": [0, None]}
+        data = _serialize({**facts, "num_strays": 0, "strays": [], "further": []}, groups, measured)
         (folder / f"{kind:05}{SUFFIX}").write_bytes(data)
     for number in range(KINDS, shards):
         for ending in (".tar", SUFFIX):

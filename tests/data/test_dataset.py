@@ -192,7 +192,7 @@ def test_a_first_caption_that_is_missing_costs_the_sample(stage, tmp_path, mmdit
     source = write_source(tmp_path / "raw", [{"long": "x" if at else 7} for at in range(30)])
     out = preencode(stage, mmdit, tmp_path / "out", f"source={source}", "captions={long: json.long}")
     assert load_manifest(out).samples == 29
-    assert "no caption: json.long is missing" in (out / "rejected.jsonl").read_text()
+    assert "no caption: json.long is a number, expected text" in (out / "rejected.jsonl").read_text()
 
 
 def test_captions_may_stand_in_json_alone(stage, tmp_path, mmdit):

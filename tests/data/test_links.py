@@ -73,7 +73,7 @@ def test_special_members_of_a_tar_cost_their_sample_and_lead_nowhere(mmdit, stag
     assert done.returncode == 0, done.stderr
     rejected = listed(tmp_path / "out" / "rejected.jsonl")
     kinds = {key: reason.partition(":")[0] for key, reason in rejected.items()}
-    assert kinds == dict.fromkeys(SPECIAL, "forbidden member")
+    assert kinds == dict.fromkeys(SPECIAL, "caption not a file")
     with tarfile.open(tmp_path / "out" / "00000.tar") as tar:
         assert not any(b"secret" in tar.extractfile(member).read() for member in tar)
 
