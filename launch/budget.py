@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 CALIBRATION_STEPS = 36
-"""Of the short training that measures the time of a step, and the fewest steps of any training."""
+"""Length of the short training that measures the time per step; no training gets fewer steps."""
 
 
 class Need(NamedTuple):

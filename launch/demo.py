@@ -24,7 +24,7 @@ from launch.budget import CALIBRATION_STEPS, Need, Plan, Time, plan, plan_again,
 CONFIGS = Path(os.path.relpath(Path(__file__).parents[1] / "configs"))
 DEFAULT_MINUTES = 19.5
 AUTOENCODER_SHARE, AUTOENCODER_MOST = 0.22, 0.5
-"""Of the time budget: what the autoencoder gets, and what it can get for the steps that it needs."""
+"""Shares of the time budget: the autoencoder's usual one, and its largest if the usual one is too short."""
 NEEDS = {
     "autoencoder": Need(1500, "its pictures lack colours and edges, and so do all samples"),
     "train": Need(1000, "the samples show little of their prompts"),

@@ -184,7 +184,7 @@ class Claims:
         return look is None or (path in self._dead({path: look}) and self._replace(path, look))
 
     def _replace(self, path: Path, dead: _Look) -> bool:
-        """Remove a dead claim. Of several workers one does, under a claim of its own; False if this one does not."""
+        """Remove a dead claim, under a guard claim, so that only one worker does. False if this worker did not."""
         guard = path.with_name(f".{path.name}.takeover")
         descriptor = self._create(guard, json.dumps(self._owner))
         if descriptor is None:

@@ -81,7 +81,7 @@ Location = Annotated[str, pydantic.AfterValidator(location)]
 """A path as text, or what is no path: a glob, a brace list, a hub id, a URL."""
 
 Seed = Annotated[int, pydantic.Field(ge=0, lt=MAX_INT)]
-"""Of random numbers: torch's generators take 64 bits."""
+"""A seed of random numbers. torch's generators take 64 bits."""
 
 
 class Config(pydantic.BaseModel):

@@ -17,7 +17,7 @@ class Cut(Config):
     limit: int
     """Tokens that the encoder reads."""
     tokens: int
-    """Of the longest caption."""
+    """Tokens of the longest caption."""
     longest: str
     """Where it is: its sample's key; in a manifest SHARD: KEY."""
 

@@ -455,7 +455,7 @@ class ImageDataset(ShardData):
             try:
                 self._log.read()
                 self._check_budget(self._log.kinds)
-            except UserError:  # this list ended the run's last life: what was mended since is told by meeting it again
+            except UserError:  # the list that ended the last life; repaired samples are no longer met
                 self._log.clear()
 
         dist.on_first_rank(begin)

@@ -20,7 +20,7 @@ class Part(Config):
     role: Literal["train", "paired"]
     """paired: second images, which are found by their keys."""
     weight: float | None
-    """Of a mixture."""
+    """The weight of this source in a mixture; None without one."""
     names: list[str]
     """File names. They are for messages only."""
     contents: list[str]

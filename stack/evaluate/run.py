@@ -193,7 +193,7 @@ class Evaluator:
         return self.run / "snapshots" / f"{step:08d}.safetensors"
 
     def mark(self, step: int) -> str:
-        """Of these settings and of the training that wrote snapshot `step`."""
+        """The mark of these settings and of the training that wrote snapshot `step`."""
         if step not in self._origins:
             self._origins[step] = origin.of_snapshot(self.snapshot(step))
         return mark_of(self._settings, self._origins[step])

@@ -229,7 +229,7 @@ class _Budget:
 
 
 def _broken(shard: Finished) -> Counter[str]:
-    """Of the samples that were left out, those that are broken, by kind."""
+    """The broken samples among those that were left out, by kind."""
     return Counter({kind: count for kind, count in shard.rejected.items() if not kind.startswith(_NOT_BROKEN)})
 
 
