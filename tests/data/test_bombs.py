@@ -32,7 +32,7 @@ from stack.data.images import decode_image, to_bucket
 from stack.data.index import build_index
 from stack.data.safety import DecodeError
 warnings.simplefilter("ignore")
-began, index, kept, broken = time.monotonic(), build_index(sys.argv[1]), {}, {}
+began, index, kept, broken = time.process_time(), build_index(sys.argv[1]), {}, {}
 with open(sys.argv[1], "rb") as file:
     def read(row, extension):
         offset, length = index.span(row, extension)
@@ -47,7 +47,7 @@ with open(sys.argv[1], "rb") as file:
         except DecodeError as error:
             broken[key] = str(error)
 mb = int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) / 1024
-print(json.dumps({"mb": mb, "s": time.monotonic() - began, "kept": kept, "damage": index.damage,
+print(json.dumps({"mb": mb, "s": time.process_time() - began, "kept": kept, "damage": index.damage,
                   "broken": {**dict(index.rejected), **broken}}))
 """
 
