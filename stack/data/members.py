@@ -73,7 +73,7 @@ def _fault(member: Member, is_repeated: bool) -> str:
 
 
 def further_images(groups: list[dict[str, Member]]) -> Counter[tuple[str, str]]:
-    """(extension of the image that is read, of one beside it) → samples, of groups that have an image."""
+    """Count the samples with several images: (extension that is read, extension that is not) → samples."""
     found = Counter[tuple[str, str]]()
     for own in groups:
         read = next((extension for extension in safety.IMAGE_EXTENSIONS if extension in own), None)

@@ -13,7 +13,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, NamedTuple
@@ -79,19 +79,14 @@ def kinds_of(broken: Iterable[Rejected]) -> Counter[str]:
     return Counter(rejected.reason.partition(":")[0] for rejected in broken)
 
 
-def check_budget(broken: Collection[Rejected], total: int, most: float) -> None:
-    """UserError where more than a share of `most` of `total` samples is broken."""
-    check_kinds(kinds_of(broken), total, most)
-
-
 def check_kinds(kinds: Counter[str], total: int, most: float) -> None:
-    """As `check_budget`, for the numbers of broken samples by kind."""
+    """UserError where more than a share of `most` of `total` samples is broken. kinds: kind of reason → samples."""
     if kinds.total() > most * total:
         raise over_budget(kinds, total, most)
 
 
 def over_budget(kinds: Counter[str], total: int, most: float) -> UserError:
-    """What `check_budget` raises. kinds: kind of reason → broken samples."""
+    """The error of `check_kinds`."""
     named = ", ".join(f"{count:,} × {kind}" for kind, count in kinds.most_common(3))
     return UserError(
         f"data: {kinds.total():,} of {total:,} samples are broken ({named}), more than max_rejected = {most:g}: "

@@ -53,13 +53,10 @@ class ShardSet:
         """Samples that the indices leave out."""
         return int(self.indices.rows.columns["rejected"].sum())
 
-    def lowest_hashes(self, count: int, below: int) -> np.ndarray:
-        """Ids of the `count` samples whose keys have the lowest crc32, of those below a limit; sorted, int64."""
-        return self.held_out(count, below)[0]
-
     def held_out(self, count: int, below: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(ids, widths, heights) of the samples of `lowest_hashes`, int64 [n].
+        """(ids, widths, heights) of the `count` samples whose keys have the lowest crc32 below a limit, int64 [n].
 
+        They are sorted by id.
         An index is opened only if more of its samples may be among them than its table has: of many shards, few are.
         """
         hashes, rows, width, height = np.moveaxis(self.indices.rows.columns["lowest"], -1, 0)

@@ -56,7 +56,7 @@ from stack.preencode.writer import ShardWriter
 from stack.shown import redact
 from stack.text.encoders import TextConfig, TextEncoders, fingerprints
 
-_NOT_BROKEN = "smaller than min_side"  # the reason that says nothing against a sample
+_NOT_BROKEN = "smaller than min_side"  # such a sample is left out, but it is not broken
 _THREADS = 16  # that read indices: a network file system answers each after a millisecond
 
 

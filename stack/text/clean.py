@@ -37,11 +37,11 @@ def _visible(character: str) -> bool:
 
 
 def clean(text: str) -> str:
-    """`text` as all encoders read it: open_clip's cleaning, with which both CLIPs were trained, but for lower case.
+    """Clean `text` for all encoders, as open_clip does, with which both CLIPs were trained, but keep capitals.
 
     HTML entities, text in a wrong encoding, curly quotes, ligatures and full-width letters are replaced (ftfy), letters
-    with accents are composed (NFC), and white space becomes single spaces. T5 reads the same; umT5 does so in Wan's
-    pipeline. Raises ValueError as `legible`.
+    with accents are composed (NFC), and white space becomes single spaces. Wan's pipeline cleans texts for T5 in the
+    same way. Raises ValueError as `legible`.
     """
     import ftfy
 

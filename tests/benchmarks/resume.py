@@ -31,7 +31,7 @@ def write(folder: Path, lines: int) -> None:
 
 
 def begin(folder: Path, lines: int) -> dict[str, float]:
-    """In a process of its own: until the next line can be written."""
+    """Time and memory of a resume until the next line can be written. Runs in a separate process."""
     from stack.log import LogConfig, Metrics
 
     size = sum(path.stat().st_size for path in folder.glob("*.jsonl"))

@@ -69,7 +69,7 @@ def test_a_full_disk_ends_no_run(stage, training):
 
 @pytest.mark.slow
 def test_a_disk_that_stays_full_is_the_failure_of_the_run(stage, training):
-    """With room again, the same command trains anew."""
+    """The same command trains again once there is room."""
 
     def no_room() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))

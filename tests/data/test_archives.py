@@ -51,7 +51,7 @@ LONG = "é" * 90
 @pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 @pytest.mark.parametrize("between", ["padding", "end marker", "nothing", "a megabyte of zeros", "an empty archive"])
 def test_all_samples_of_concatenated_archives_are_read(tmp_path: Path, archive, form: int, between: str) -> None:
-    keys = ("c", "d") if form == tarfile.USTAR_FORMAT else (f"{LONG}1", f"{LONG}2")  # whose headers stand at the seam
+    keys = ("c", "d") if form == tarfile.USTAR_FORMAT else (f"{LONG}1", f"{LONG}2")  # their headers are at the seam
     one, two = archive("a", "b", form=form), archive(*keys, form=form)
     seam = {
         "padding": one,

@@ -36,13 +36,13 @@ def _write(folder: Path, pack, sample, picture, image: bytes, caption: bytes) ->
 
 @pytest.fixture
 def shards(tmp_path, pack, sample, picture) -> Path:
-    """Of two samples the indices tell that they have no caption, which pre-encoding needs."""
+    """Shards with two samples that have no caption, as their indices show. Pre-encoding needs captions."""
     return _write(tmp_path / "shards", pack, sample, picture, picture(1), b" ")
 
 
 @pytest.fixture
 def images(tmp_path, pack, sample, picture) -> Path:
-    """Of two samples the indices tell that they have no image, which training needs."""
+    """Shards with two samples that have no image, as their indices show. Training needs images."""
     return _write(tmp_path / "images", pack, sample, picture, b"no image", b"a caption")
 
 
@@ -127,7 +127,7 @@ def test_below_the_budget_training_goes_on_and_lists_shard_key_and_reason(mmdit,
     train(mmdit, stage, images, tmp_path / "run", 0.2, "schedule.steps=5")  # goes on, with nothing left to do
     assert kinds(listed(tmp_path / "run" / "rejected.jsonl")) == OF_IMAGES
     shutil.rmtree(tmp_path / "run" / "checkpoints")
-    train(mmdit, stage, images, tmp_path / "run", 0.2, "schedule.steps=1")  # begins anew
+    train(mmdit, stage, images, tmp_path / "run", 0.2, "schedule.steps=1")  # a new run
     assert len(listed(tmp_path / "run" / "rejected.jsonl")) < 4
 
 

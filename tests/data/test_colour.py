@@ -101,7 +101,7 @@ def encoded(image: Image.Image, form: str = "PNG", **options: object) -> bytes:
 
 
 def plain(data: bytes) -> Image.Image:
-    """The image as its bytes stand in the file."""
+    """The image without colour conversion."""
     image = Image.open(io.BytesIO(data))
     image.load()
     return image
@@ -129,7 +129,7 @@ def off(image: np.ndarray, truth: np.ndarray) -> float:
 
 
 def png(samples: np.ndarray, depth: int, kind: int, *chunks: tuple[bytes, bytes]) -> bytes:
-    """Of samples [rows, columns, channels]."""
+    """A PNG of these samples [rows, columns, channels]."""
 
     def chunk(name: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))

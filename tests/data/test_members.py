@@ -149,7 +149,7 @@ def test_a_preview_shows_the_image_beside_the_reason(mixed: Path, tmp_path: Path
 
 
 def test_a_huge_text_is_not_read(tmp_path: Path, pack, sample) -> None:
-    """Of 5 GB: an index cannot even tell its size."""
+    """A caption file of 5 GB. An index cannot store its size."""
     path = pack(tmp_path / "x.tar", [*sample("a"), *sample("b")[:1]])
     data = path.read_bytes().rstrip(b"\0")
     data += bytes(-len(data) % 512)

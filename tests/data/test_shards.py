@@ -492,9 +492,9 @@ def test_shard_set(tmp_path: Path) -> None:
     assert len(samples) == samples.num_samples == 6
     assert [samples.locate(i) for i in range(6)] == [(0, 0), (0, 1), (0, 2), (1, 0), (2, 0), (2, 1)]
     assert [samples.key(i) for i in range(6)] == ["00000", "00001", "00002", "00000", "00000", "00001"]
-    assert samples.lowest_hashes(2, 2**32).tolist() == [1, 5]  # of the samples of key 00001, the lowest of the keys
-    assert samples.lowest_hashes(9, 2**32).tolist() == list(range(6))
-    assert samples.lowest_hashes(9, 0).tolist() == []
+    assert samples.held_out(2, 2**32)[0].tolist() == [1, 5]  # of the samples of key 00001, the lowest of the keys
+    assert samples.held_out(9, 2**32)[0].tolist() == list(range(6))
+    assert samples.held_out(9, 0)[0].tolist() == []
     for outside in (-1, 6):
         with pytest.raises(IndexError):
             samples.locate(outside)
